@@ -1,0 +1,1 @@
+"""Training and evaluating timm models with NoisyNN's noise, on one process or many."""

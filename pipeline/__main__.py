@@ -1,0 +1,59 @@
+"""python -m pipeline train | evaluate | export | report | doctor"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+_COMMANDS = {
+    "train": "pretrain or fine-tune by a recipe: `train RECIPE [options]`",
+    "evaluate": "exact top-1 and top-5 of a checkpoint, per image and by transductive protocols",
+    "export": "a checkpoint's weights as timm-named safetensors",
+    "report": "results.json and report.html of a pretraining and a fine-tuning run",
+    "doctor": "what is installed, what works, what to mend",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 a check failed, 2 bad input."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m pipeline COMMAND [--help]\n")
+        print("\n".join(f"  {name:<10} {what}" for name, what in _COMMANDS.items()))
+        return 0 if arguments else 2
+    if arguments[0] not in _COMMANDS:
+        print(f"error: no command {arguments[0]!r}; there are {', '.join(_COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return _command(arguments[0])(arguments[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("NOISYNN_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        return 2
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    """Imports only what the command needs: `doctor` must run where torch does not."""
+    if name == "doctor":
+        from pipeline.doctor import doctor_command
+
+        return doctor_command
+    from pipeline import commands
+
+    return {
+        "train": commands.train_command,
+        "evaluate": commands.evaluate_command,
+        "export": commands.export_command,
+        "report": commands.report_command,
+    }[name]
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    if "RANK" in os.environ:
+        from pipeline.parallel import leave
+
+        leave(status)
+    sys.exit(status)

@@ -1,0 +1,105 @@
+"""The command lines: tyro turns recipes and dataclasses into options, and each command calls one function."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import TrainConfig
+from pipeline.evaluate import Accuracy, EvaluateConfig, evaluate, load_model, open_checkpoint
+from pipeline.parallel import launch, quiet_libraries, ranks_from_environment
+from pipeline.recipes import all_recipes
+from pipeline.train import check, run_training
+
+
+def train_command(arguments: list[str]) -> int:
+    """Checks the configuration in one process, then starts the ranks; under torchrun this is one of them."""
+    recipes = {name: (recipe.summary, recipe.config) for name, recipe in all_recipes().items()}
+    config: TrainConfig = tyro.extras.overridable_config_cli(recipes, prog="python -m pipeline train", args=arguments)
+    quiet_libraries()
+    ranks = ranks_from_environment()
+    if ranks.launched:
+        run_training(config, ranks)
+        return 0
+    check(config, config.parallel.processes)
+    return launch(["train", *arguments], config.parallel.processes)
+
+
+def evaluate_command(arguments: list[str]) -> int:
+    config = tyro.cli(EvaluateConfig, prog="python -m pipeline evaluate", args=arguments)
+    ranks = ranks_from_environment()
+    results = evaluate(config, ranks)
+    if ranks.rank == 0:
+        print_accuracies(results)
+    return 0
+
+
+def print_accuracies(results: list[Accuracy]) -> None:
+    table = Table("protocol", "noise at inference", "order", "k", "class mates", "top-1 %", "top-5 %", "n")
+    for r in results:
+        share = "" if r.class_mate_share is None else f"{100 * r.class_mate_share:.1f} %"
+        name = "per image" if not r.transductive else "transductive"
+        table.add_row(
+            name,
+            r.noise,
+            r.order,
+            str(r.group_size),
+            share,
+            f"{100 * r.top1:.2f}",
+            f"{100 * r.top5:.2f}",
+            str(r.num_images),
+        )
+    Console().print(table)
+    if any(r.transductive for r in results):
+        print(
+            "Transductive figures depend on the other pictures of the batch; the per-image one is the model's accuracy."
+        )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes a checkpoint's weights under timm's names: `timm.create_model(...).load_state_dict(..., strict=True)`."""
+
+    checkpoint: Path
+    """A run folder or one checkpoint in it."""
+    output: Path
+    """The .safetensors file to write."""
+
+
+def export_command(arguments: list[str]) -> int:
+    import torch
+    from safetensors.torch import save
+
+    from data_prep.manifest import atomic_file
+
+    config = tyro.cli(ExportConfig, prog="python -m pipeline export", args=arguments)
+    if config.output.suffix != ".safetensors":
+        raise ValueError(f"output {config.output}: the name must end in .safetensors")
+    checkpoint = open_checkpoint(config.checkpoint)
+    model = load_model(checkpoint)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {
+        "timm_model": checkpoint.model.name,
+        "timm_options": str(checkpoint.model.options),
+        "num_classes": str(len(checkpoint.classes)),
+        "image_size": str(checkpoint.data.image_size),
+    }
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(config.output) as file:
+        file.write(save(weights, metadata))
+    parameters = sum(t.numel() for t in weights.values() if isinstance(t, torch.Tensor))
+    print(f"{config.output}: {len(weights)} tensors, {parameters:,} values, for timm's {checkpoint.model.name}")
+    return 0
+
+
+def report_command(arguments: list[str]) -> int:
+    from pipeline.report import ReportConfig, write_report
+
+    config = tyro.cli(ReportConfig, prog="python -m pipeline report", args=arguments)
+    write_report(config, sys.stdout)
+    return 0

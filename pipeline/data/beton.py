@@ -1,0 +1,138 @@
+"""Random access to an FFCV .beton, in the project's own order.
+
+The file is opened by ffcv's Reader and its pictures are decoded, cropped and resized by ffcv's native code. ffcv's
+Loader is not used: it takes a custom order only in name, draws crops from an unseeded generator, compiles for 8 CPU
+seconds in each process, and blocks when its thread fails. Native calls here run on threads and release the GIL.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep.manifest import Manifest
+from pipeline.data.augment import AugmentConfig, Crop, center_crop, training_crops
+from pipeline.data.batch import Batch
+from pipeline.data.decode import MAX_PIXELS
+
+_JPG, _RAW = 0, 1  # ffcv's IMAGE_MODES
+
+
+class BetonReader:
+    """One split's .beton. Metadata is checked against the file and the manifest before native code trusts it."""
+
+    def __init__(self, manifest: Manifest, image_size: int, augment: AugmentConfig, seed: int, threads: int) -> None:
+        self._reader = _open(manifest)
+        self._libffcv = _import_ffcv()[1]
+        self.classes = manifest.classes
+        self.image_size = image_size
+        self.augment = augment
+        self.seed = seed
+        self.path = manifest.folder / manifest.beton.name if manifest.beton else Path()
+        image_field, label_field = _fields(self._reader, self.path)
+        self._pictures = self._reader.metadata[image_field]
+        self.labels = self._reader.metadata[label_field].astype(np.int64).reshape(-1)
+        self._bytes = np.memmap(self.path, "uint8", mode="r")
+        self._sizes = self._check(manifest)
+        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="beton")
+
+    def batch(self, sample_ids: np.ndarray, epoch: int | None) -> Batch:
+        sizes = [(int(p["width"]), int(p["height"])) for p in self._pictures[sample_ids]]
+        if epoch is None:
+            crops = [center_crop(*size, self.augment) for size in sizes]
+        else:
+            crops = training_crops(sizes, sample_ids, self.seed, epoch, self.augment)
+        images = np.empty((len(sample_ids), self.image_size, self.image_size, 3), np.uint8)
+        # list() re-raises what a thread raised: an error never becomes an empty picture.
+        list(self._pool.map(self._decode, sample_ids.tolist(), crops, images))
+        ids = torch.as_tensor(sample_ids, dtype=torch.int64)
+        return Batch(torch.from_numpy(images), torch.from_numpy(self.labels[sample_ids]), ids)
+
+    def _decode(self, sample_id: int, crop: Crop, out: np.ndarray) -> None:
+        """Decodes the picture, and resizes its crop with OpenCV's INTER_AREA into out (size, size, 3)."""
+        meta = self._pictures[sample_id]
+        start, height, width = int(meta["data_ptr"]), int(meta["height"]), int(meta["width"])
+        stored = self._bytes[start : start + self._sizes[sample_id]]
+        if meta["mode"] == _RAW:
+            picture = stored.reshape(height, width, 3)
+        else:
+            picture = self._decode_jpeg(stored, height, width, sample_id)
+        c = crop
+        self._libffcv.resize_crop(picture, c.top, c.top + c.height, c.left, c.left + c.width, out)
+        if crop.flip:
+            out[:] = out[:, ::-1].copy()
+
+    def _decode_jpeg(self, stored: np.ndarray, height: int, width: int, sample_id: int) -> np.ndarray:
+        picture = np.empty((height, width, 3), np.uint8)
+        ok = self._libffcv.imdecode(stored, picture, height, width, height, width)
+        if ok != 0:
+            raise ValueError(f"sample {sample_id} of {self.path} does not decode: write the .beton again")
+        return picture
+
+    def _check(self, manifest: Manifest) -> np.ndarray:
+        """Byte sizes by sample id, after checking that every picture lies inside the file."""
+        mend = f"write it again with `python -m data_prep beton {manifest.path}`"
+        counts = tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist())
+        if counts != manifest.class_counts:
+            raise ValueError(f"{self.path} holds other labels than {manifest.path} says: {mend}")
+        table = np.sort(self._reader.alloc_table, order="ptr")
+        pointers = self._pictures["data_ptr"]
+        place = np.clip(np.searchsorted(table["ptr"], pointers), 0, max(len(table) - 1, 0))
+        sizes = table["size"][place]
+        pixels = self._pictures["height"].astype(np.int64) * self._pictures["width"]
+        wrong = (
+            (table["ptr"][place] != pointers)
+            | (pointers + sizes > len(self._bytes))
+            | ~np.isin(self._pictures["mode"], (_JPG, _RAW))
+            | (pixels == 0)
+            | (pixels > MAX_PIXELS)
+            | ((self._pictures["mode"] == _RAW) & (sizes != pixels * 3))
+        )
+        if wrong.any():
+            raise ValueError(f"{self.path}: sample {int(wrong.argmax())} has damaged metadata: {mend}")
+        return sizes.astype(np.int64)
+
+
+def _open(manifest: Manifest):
+    """ffcv's Reader on the manifest's .beton, after checking that it is the file the manifest tells of."""
+    record = manifest.beton
+    mend = f"write it with `python -m data_prep beton {manifest.path}`"
+    if record is None:
+        raise FileNotFoundError(f"{manifest.path} has no .beton, but data.format is ffcv: {mend}")
+    path = manifest.folder / record.name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {mend}")
+    if (size := path.stat().st_size) != record.bytes:
+        raise ValueError(f"{path} has {size} bytes, {manifest.path} says {record.bytes}: {mend}")
+    reader_module, _ = _import_ffcv()
+    try:
+        reader = reader_module.Reader(str(path))
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is not a readable .beton ({error}): {mend}") from error
+    if not reader.num_samples == len(reader.metadata) == manifest.num_samples:
+        raise ValueError(f"{path} holds {reader.num_samples} samples, {manifest.path} {manifest.num_samples}: {mend}")
+    return reader
+
+
+def _import_ffcv():
+    try:
+        from ffcv import libffcv, reader
+    except ImportError as error:
+        raise ValueError(
+            f"data.format ffcv: the ffcv package cannot be imported ({error}); run `make setup` "
+            "(it needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config), or use data.format wds"
+        ) from error
+    return reader, libffcv
+
+
+def _fields(reader, path: Path) -> tuple[str, str]:
+    """ffcv names metadata columns f0, f1, ... in the order of the fields."""
+    names = list(reader.handlers)
+    if not {"image", "label"} <= set(names):
+        raise ValueError(
+            f"{path} has the fields {names}, not `image` and `label`: write it with `python -m data_prep beton`"
+        )
+    return f"f{names.index('image')}", f"f{names.index('label')}"

@@ -1,0 +1,26 @@
+"""JPEG (or any picture Pillow reads) -> RGB, with its header checked before anything is decoded."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 50_000_000
+_FORMATS = ("JPEG", "PNG", "WEBP")  # what shards hold; Pillow's others include some that start programs (EPS)
+
+
+def decode_rgb(data: bytes, where: str) -> Image.Image:
+    """Decodes to an RGB Pillow image. EXIF rotation is not applied (as timm and torchvision).
+
+    `where` names shard and sample. Errors: ValueError for what is no picture, is cut off, or is over 50 megapixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{where}: {image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
+        return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{where}: cannot be decoded ({error}); check the shards with `python -m data_prep verify`"
+        ) from error

@@ -1,0 +1,214 @@
+"""Exact top-1 and top-5: every picture once, over any number of ranks.
+
+The headline is per image: no noise, so that a picture's answer does not change with the batch, the order or the other
+pictures. What does change with them (a noise that mixes samples) is called transductive and stands with its protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.checkpoint import CONFIG_NAME, latest_generation, write_json
+from pipeline.data.augment import AugmentConfig
+from pipeline.data.batch import Reader
+from pipeline.data.loader import DataConfig, EvaluationLoader, open_split
+from pipeline.data.order import class_mate_share, class_order, shuffled_order
+from pipeline.models import ModelConfig, Preprocess, create_model
+from pipeline.noise.config import NoiseConfig
+from pipeline.noise.inject import NoiseInjector
+from pipeline.parallel import Ranks, snapshot_environment
+from pipeline.sections import from_json, to_json
+
+Order = Literal["manifest", "class", "shuffled"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluates one checkpoint per image, and by each protocol of `noise` where it has one."""
+
+    checkpoint: Path
+    """A run folder (its latest checkpoint) or one checkpoint in it."""
+    data: Path
+    """The manifest of the split to evaluate."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Noise at inference; `during` is taken as eval. None: the per-image result alone."""
+    orders: tuple[Literal["class", "shuffled"], ...] = ("class", "shuffled")
+    """Orders in which the noise protocol is run."""
+    shuffle_seed: int = 0
+    format: Literal["wds", "ffcv"] = "wds"
+    batch: int = 250
+    workers: int = 2
+    output: Path | None = None
+    """Where the JSON result goes; by default into the run folder, named after the noise."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}: at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}: at least 0")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One protocol's counts. `transductive`: another picture in the batch could have changed an answer."""
+
+    protocol: str
+    noise: str
+    order: Order
+    group_size: int
+    num_images: int
+    correct_top1: int
+    correct_top5: int
+    class_mate_share: float | None
+    transductive: bool
+
+    @property
+    def top1(self) -> float:
+        return self.correct_top1 / self.num_images
+
+    @property
+    def top5(self) -> float:
+        return self.correct_top5 / self.num_images
+
+    def to_json(self) -> dict[str, Any]:
+        return to_json(self) | {"top1": self.top1, "top5": self.top5}
+
+
+class Evaluator:
+    """A model, its preprocessing and its noise on one split; counts are summed over ranks."""
+
+    def __init__(self, model: nn.Module, injector: NoiseInjector, reader: Reader, batch: int, workers: int) -> None:
+        self.model = model
+        self.injector = injector
+        self.reader = reader
+        self.batch = batch
+        self.workers = workers
+        self.device = next(model.parameters()).device
+        self.preprocess = Preprocess(model, self.device)
+
+    def per_image(self, ranks: Ranks) -> Accuracy:
+        """Noise off, whatever was trained with it."""
+        with self.injector.off():
+            return self._run("per_image", "manifest", np.arange(len(self.reader.labels)), 1, ranks)
+
+    def with_noise(self, order: Order, seed: int, ranks: Ranks) -> Accuracy:
+        """The injector's noise, in class order or shuffled."""
+        labels = self.reader.labels
+        ids = class_order(labels) if order == "class" else shuffled_order(len(labels), seed)
+        config = self.injector.config
+        group = (config.group_size or self.batch) if config.mixes_samples else 1
+        name = f"{config.kind}_{config.site}_{order}_k{group}"
+        return self._run(name, order, ids, group, ranks)
+
+    @torch.no_grad()
+    def _run(self, protocol: str, order: Order, ids: np.ndarray, group: int, ranks: Ranks) -> Accuracy:
+        was_training = self.model.training
+        self.model.eval()
+        loader = EvaluationLoader(self.reader, ids, self.batch, group, ranks.rank, ranks.world_size, self.workers)
+        counts = torch.zeros(4, dtype=torch.int64)  # seen, sum of ids, top-1, top-5
+        for images, labels, sample_ids in loader:
+            self.injector.set_batch(sample_ids.to(self.device), epoch=0)
+            logits = self.model(self.preprocess(images)).float().cpu()
+            if not torch.isfinite(logits).all():
+                raise ValueError(
+                    f"the model's output is not finite near sample {int(sample_ids[0])}: it cannot be ranked"
+                )
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            counts += torch.stack((torch.tensor(len(labels)), sample_ids.sum(), best[:, 0].sum(), best.any(1).sum()))
+        self.model.train(was_training)
+        seen, id_sum, top1, top5 = _summed(counts, self.device, ranks)
+        n = len(ids)
+        assert (seen, id_sum) == (n, n * (n - 1) // 2), f"{seen} of {n} pictures were evaluated exactly once"
+        noise = self.injector.config if self.injector.enabled else NoiseConfig()
+        share = class_mate_share(self.reader.labels[ids], group) if group > 1 else None
+        return Accuracy(protocol, noise.describe(), order, group, n, top1, top5, share, noise.mixes_samples)
+
+
+def _summed(counts: torch.Tensor, device: torch.device, ranks: Ranks) -> list[int]:
+    if ranks.world_size > 1:
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+    return counts.tolist()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself, enough to build its model again."""
+
+    folder: Path
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig
+    classes: tuple[str, ...]
+    seed: int
+    step: int
+
+
+def open_checkpoint(source: Path) -> Checkpoint:
+    """A run folder's latest checkpoint, or the checkpoint itself. Errors name the folder and the mend."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {source}: name a run folder, or a checkpoint in it")
+    folder = latest_generation(source) if (source / "checkpoints").is_dir() else source
+    if folder is None or not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{source} holds no finished checkpoint: train there first, or name another")
+    path = folder / CONFIG_NAME
+    body = json.loads(path.read_text())
+    sections = {"model": ModelConfig, "data": DataConfig, "augment": AugmentConfig}
+    parts = {name: from_json(cls, body[name], f"{path}: {name}") for name, cls in sections.items()}
+    return Checkpoint(folder, **parts, classes=tuple(body["classes"]), seed=body["seed"], step=body["step"])
+
+
+def load_model(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's timm model with its weights, on the CPU, its sums checked."""
+    config = replace(checkpoint.model, init_from=checkpoint.folder, new_head=False, pretrained=False)
+    return create_model(config, len(checkpoint.classes), checkpoint.data.image_size)
+
+
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
+    """Per image first, then the noise in each order. Writes the JSON result on rank 0."""
+    checkpoint = open_checkpoint(config.checkpoint)
+    data = replace(checkpoint.data, format=config.format)
+    reader = open_split(config.data, data, checkpoint.augment, checkpoint.seed)
+    if reader.classes != checkpoint.classes:
+        raise ValueError(
+            f"{config.data} has {len(reader.classes)} classes {reader.classes[:3]}..., the checkpoint was trained on "
+            f"{len(checkpoint.classes)} {checkpoint.classes[:3]}...: evaluate the data it was trained for"
+        )
+    model = load_model(checkpoint)
+    noise = replace(config.noise, during="eval")
+    injector = NoiseInjector(model, noise, data.image_size, checkpoint.seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    evaluator = Evaluator(model, injector, reader, config.batch, config.workers)
+    results = [evaluator.per_image(ranks)]
+    if noise.kind != "none":
+        results += [evaluator.with_noise(order, config.shuffle_seed, ranks) for order in config.orders]
+    if ranks.rank == 0:
+        write_json(_output(config, checkpoint), _report(config, checkpoint, results))
+    return results
+
+
+def _output(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        return config.output
+    run = checkpoint.folder.parent.parent if checkpoint.folder.parent.name == "checkpoints" else checkpoint.folder
+    name = "per_image" if config.noise.kind == "none" else f"{config.noise.kind}_{config.noise.site}"
+    return run / f"evaluate_{name}.json"
+
+
+def _report(config: EvaluateConfig, checkpoint: Checkpoint, results: list[Accuracy]) -> dict[str, Any]:
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "step": checkpoint.step,
+        "config": to_json(config),
+        "accuracies": [result.to_json() for result in results],
+        "environment": snapshot_environment(),
+    }

@@ -1,0 +1,95 @@
+"""Scalars and pictures of a run, as TensorBoard events and as JSON lines; throughput and the share of data waits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_NAME = "metrics.jsonl"
+
+T = TypeVar("T")
+
+
+class RunLog:
+    """Writes one run's metrics. Rank 0 alone has one.
+
+    After a resume at `first_step`, what a killed run had logged from that step on is dropped from both files.
+    """
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        self._path = run / METRICS_NAME
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) < first_step]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  (closed in close)
+        self._writer = SummaryWriter(str(run), purge_step=first_step if first_step else None)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+
+    def pictures(self, tag: str, step: int, images: Tensor) -> None:
+        """images: uint8 (B, H, W, 3), drawn as a near-square grid."""
+        columns = max(1, round(len(images) ** 0.5))
+        rows = len(images) // columns
+        grid = images[: rows * columns].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
+        self._writer.add_image(tag, grid.numpy(), step, dataformats="HWC")
+        self._writer.flush()
+
+    def text(self, tag: str, text: str) -> None:
+        self._writer.add_text(tag, text, 0)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # the half line of a killed run
+
+
+class Throughput:
+    """Images a second and the share of time spent waiting for data, since the last `take`."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._images = 0
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Passes batches on and counts the time until each one comes."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def take(self) -> tuple[float, float]:
+        """(images a second, share of time waiting for data)."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        result = self._images / seconds, self._waited / seconds
+        self._reset()
+        return result

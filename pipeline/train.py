@@ -1,0 +1,292 @@
+"""Training: build -> resume -> loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+
+from pipeline import checkpoint as ckpt
+from pipeline.config import TrainConfig
+from pipeline.data.augment import mixup
+from pipeline.data.batch import Batch, Reader
+from pipeline.data.loader import TrainLoader, open_split
+from pipeline.data.order import Layout, layout_of, steps_per_epoch
+from pipeline.evaluate import Accuracy, Evaluator
+from pipeline.metrics import RunLog, Throughput
+from pipeline.models import WEIGHTS_NAME, Preprocess, create_model
+from pipeline.noise.inject import NoiseInjector
+from pipeline.optim import create_optimizer, create_schedule
+from pipeline.parallel import Ranks, assert_engine, build_accelerator, snapshot_environment
+from pipeline.progress import TrainProgress
+from pipeline.sections import to_json
+
+_GRID = 16  # pictures shown at step 0
+
+
+@dataclass
+class Training:
+    """Everything a run consists of, built and resumed, ready for the loop."""
+
+    config: TrainConfig
+    layout: Layout
+    accelerator: Any
+    engine: Any  # the prepared model: DeepSpeedEngine or DistributedDataParallel
+    model: nn.Module  # timm's own, inside it
+    optimizer: Any
+    schedule: Any
+    injector: NoiseInjector
+    preprocess: Preprocess
+    loader: TrainLoader
+    evaluator: Evaluator
+    classes: tuple[str, ...]
+    step: int
+    log: RunLog | None
+    throughput: Throughput
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.layout.rank, self.layout.world_size, launched=True)
+
+    @property
+    def last_step(self) -> int:
+        total = self.config.epochs * self.loader.steps_per_epoch
+        return min(total, self.config.stop_after_steps or total)
+
+
+def train(run: Training) -> Accuracy:
+    """The loop. Returns the last validation's per-image accuracy."""
+    accuracy = None
+    with TrainProgress(run.last_step, run.step, run.layout.rank == 0) as progress:
+        while run.step < run.last_step:
+            run.model.train()
+            epoch = run.loader.epoch
+            losses: list[Tensor] = []
+            for batch in run.throughput.timed(run.loader):
+                losses.append(micro_step(run, batch, epoch))
+                run.throughput.count(len(batch.labels) * run.layout.world_size)
+                if not run.accelerator.sync_gradients:
+                    continue
+                run.step += 1
+                if run.step % run.config.log_every == 0 or run.step == run.last_step:
+                    loss = log_step(run, losses)
+                    progress.show(epoch, loss)
+                    losses = []
+                progress.advance()
+                if run.step == run.last_step:
+                    break
+            accuracy = validate(run)
+            progress.show_accuracy(accuracy.top1)
+            if (epoch + 1) % run.config.checkpoint.every_epochs == 0 or run.step == run.last_step:
+                save(run)
+    return accuracy or validate(run)
+
+
+def micro_step(run: Training, batch: Batch, epoch: int) -> Tensor:
+    """Forward, backward, and at the end of an accumulation the optimiser's step. Returns the detached loss."""
+    config = run.config
+    ids = batch.sample_ids.to(run.accelerator.device)
+    labels = batch.labels.to(run.accelerator.device)
+    x = run.preprocess(batch.images)
+    targets = nn.functional.one_hot(labels, len(run.classes)).float()
+    if config.augment.mixup_alpha:
+        x, targets = mixup(x, targets, ids, config.seed, epoch, config.augment.mixup_alpha)
+    run.schedule.step_update(run.step)
+    # Drop path and dropout draw from torch's generator: the same after a resume, but not at another number of ranks.
+    torch.manual_seed(hash((config.seed, run.step, run.layout.rank, int(ids[0]))) & 0x7FFFFFFF)
+    run.injector.set_batch(ids, epoch)
+    with run.accelerator.accumulate(run.engine), _shown_inputs(run):
+        logits = run.engine(x)
+        loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        run.accelerator.backward(loss)
+        if run.accelerator.sync_gradients and config.parallel.engine == "ddp" and config.optim.clip_grad_norm:
+            run.accelerator.clip_grad_norm_(run.engine.parameters(), config.optim.clip_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return loss.detach()
+
+
+@contextlib.contextmanager
+def _shown_inputs(run: Training):
+    """At step 0, writes the pictures as the network really gets them, after augmentation and noise at the image."""
+    if run.step or run.log is None:
+        yield
+        return
+    seen: list[Tensor] = []
+    # Registered after the injector's hook, so it sees that hook's result.
+    handle = run.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    yield
+    handle.remove()
+    run.log.pictures("input/step_0", 0, run.preprocess.undo(seen[0][:_GRID].float()).cpu())
+
+
+def log_step(run: Training, losses: list[Tensor]) -> float:
+    """Writes the window's mean loss over all ranks; stops a run whose loss is no longer a number."""
+    loss = run.accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+    rate, waiting = run.throughput.take()
+    if run.log is not None:
+        values = {
+            "train/loss": loss,
+            "train/lr": run.schedule.optimizer.param_groups[0]["lr"],
+            "train/epoch": run.step / run.loader.steps_per_epoch,
+            "train/images_per_second": rate,
+            "train/data_wait_share": waiting,
+        }
+        run.log.scalars(run.step, values)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {run.step}: lower optim.lr, or resume from before it")
+    return loss
+
+
+def validate(run: Training) -> Accuracy:
+    """Per-image accuracy over the validation split, noise off."""
+    if run.layout.world_size > 1:
+        distribute_bn(run.model, run.layout.world_size, reduce=True)
+    accuracy = run.evaluator.per_image(run.ranks)
+    if run.log is not None:
+        run.log.scalars(run.step, {"val/top1": accuracy.top1, "val/top5": accuracy.top5})
+    run.throughput.take()  # validation is no part of the training rate
+    return accuracy
+
+
+def save(run: Training) -> None:
+    """One generation: engine state by all ranks, then weights, configuration and progress by rank 0."""
+    folder = ckpt.temporary_folder(run.config.run, run.step)
+    main = run.layout.rank == 0
+    if main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.save_state(str(folder / ckpt.ENGINE_FOLDER))
+    if main:
+        save_file(_portable(run.model.state_dict()), folder / WEIGHTS_NAME)
+        resolved = to_json(run.config) | {"classes": list(run.classes), "step": run.step}
+        ckpt.write_json(folder / ckpt.CONFIG_NAME, resolved)
+        ckpt.write_json(folder / ckpt.PROGRESS_NAME, {"step": run.step, "loader": run.loader.state_dict()})
+    run.accelerator.wait_for_everyone()
+    if main:
+        ckpt.publish_generation(run.config.run, run.step, run.config.checkpoint.keep)
+    run.accelerator.wait_for_everyone()
+
+
+def _portable(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float32 on the CPU, whatever the run's precision and device: safetensors that timm loads anywhere."""
+    return {k: (v.float() if v.is_floating_point() else v).cpu().contiguous() for k, v in weights.items()}
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Training:
+    """Opens the data, builds the model, wraps both for this many ranks, and resumes where asked."""
+    layout = layout_of(config.global_batch, config.micro_batch, ranks.rank, ranks.world_size)
+    accelerator = build_accelerator(config.parallel, layout, config.optim.clip_grad_norm)
+    readers = open_data(config)
+    model, injector = build_model(config, readers[0])
+    model.to(accelerator.device)
+    optimizer = create_optimizer(model, config.optim)
+    loader = TrainLoader(readers[0], layout, config.seed, config.data.workers)
+    schedule = create_schedule(optimizer, config.optim, config.epochs, loader.steps_per_epoch)
+    engine, prepared = accelerator.prepare(model, optimizer)
+    assert_engine(engine, config.parallel, ranks.world_size)
+    step = resume(config, accelerator, loader) if config.resume else 0
+    main = ranks.rank == 0
+    return Training(
+        config=config,
+        layout=layout,
+        accelerator=accelerator,
+        engine=engine,
+        model=model,
+        optimizer=prepared,
+        schedule=schedule,
+        injector=injector,
+        preprocess=Preprocess(model, accelerator.device),
+        loader=loader,
+        evaluator=Evaluator(model, injector, readers[1], config.micro_batch, config.data.workers),
+        classes=readers[0].classes,
+        step=step,
+        log=RunLog(config.run, step) if main else None,
+        throughput=Throughput(),
+    )
+
+
+def open_data(config: TrainConfig) -> tuple[Reader, Reader]:
+    """Training and validation split. Errors: ValueError where their classes differ."""
+    train_split = open_split(config.data.train, config.data, config.augment, config.seed)
+    val_split = open_split(config.data.val, config.data, config.augment, config.seed)
+    if train_split.classes != val_split.classes:
+        differing = sorted(set(train_split.classes) ^ set(val_split.classes))[:5]
+        raise ValueError(
+            f"{config.data.train} and {config.data.val} have different classes (such as {differing}): "
+            "shard both splits from folders with the same class names"
+        )
+    return train_split, val_split
+
+
+def build_model(config: TrainConfig, reader: Reader) -> tuple[nn.Module, NoiseInjector]:
+    """The model with its noise, the same on every rank."""
+    torch.manual_seed(config.seed)
+    model = create_model(config.model, len(reader.classes), config.data.image_size)
+    return model, NoiseInjector(model, config.noise, config.data.image_size, config.seed)
+
+
+def resume(config: TrainConfig, accelerator: Any, loader: TrainLoader) -> int:
+    """Loads the latest generation into engine and loader; returns its step, or 0 where there is none."""
+    generation = ckpt.latest_generation(config.run)
+    if generation is None:
+        return 0
+    ckpt.verify_generation(generation)
+    progress = json.loads((generation / ckpt.PROGRESS_NAME).read_text())
+    loader.load_state_dict(progress["loader"])
+    accelerator.load_state(str(generation / ckpt.ENGINE_FOLDER))
+    return progress["step"]
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """Everything that can be wrong with a configuration, found in one process before any rank starts.
+
+    Errors: ValueError, FileNotFoundError.
+    """
+    layout = layout_of(config.global_batch, config.micro_batch, 0, world_size)
+    finished = ckpt.latest_generation(config.run)
+    if finished is not None and not config.resume:
+        raise ValueError(f"{config.run} holds the run of {finished.name}: pass --resume to go on, or another --run")
+    readers = open_data(config)
+    steps = steps_per_epoch(len(readers[0].labels), layout.global_batch)
+    model, _ = build_model(config, readers[0])
+    create_schedule(create_optimizer(model, config.optim), config.optim, config.epochs, steps)
+
+
+def run_training(config: TrainConfig, ranks: Ranks) -> None:
+    """Trains in this rank and writes `results.json`, the mark of a finished run."""
+    if ranks.rank == 0:
+        config.run.mkdir(parents=True, exist_ok=True)
+        ckpt.write_json(config.run / ckpt.CONFIG_NAME, to_json(replace(config, resume=False)))
+    run = build(config, ranks)
+    first_step = run.step
+    accuracy = train(run)
+    if run.log is not None:
+        run.log.close()
+        state = run.accelerator.state
+        results = {
+            "per_image": accuracy.to_json(),
+            "epochs": config.epochs,
+            "steps": run.step,
+            "first_step": first_step,
+            "world_size": run.accelerator.num_processes,
+            "distributed_type": str(state.distributed_type).removeprefix("DistributedType."),
+            "engine": type(run.engine).__name__,
+            "zero_stage": run.engine.zero_optimization_stage() if config.parallel.engine == "deepspeed" else None,
+            "noise": to_json(config.noise),
+            "noise_description": config.noise.describe(),
+            "num_train_images": len(run.loader.reader.labels),
+            "num_eval_images": accuracy.num_images,
+            "environment": snapshot_environment(),
+        }
+        ckpt.write_json(config.run / "results.json", results)
+    run.accelerator.wait_for_everyone()
