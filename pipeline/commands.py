@@ -40,13 +40,15 @@ def evaluate_command(arguments: list[str]) -> int:
 
 
 def print_accuracies(results: list[Accuracy]) -> None:
-    table = Table("protocol", "noise at inference", "order", "k", "class mates", "top-1 %", "top-5 %", "n")
+    """A table of the protocols, the headline first, and what they mean."""
+    table = Table("protocol", "order", "k", "class mates", "top-1 %", "top-5 %", "n")
     for r in results:
         share = "" if r.class_mate_share is None else f"{100 * r.class_mate_share:.1f} %"
         name = "per image" if not r.transductive else "transductive"
+        if r.noise == "none":
+            name += ", noise off"
         table.add_row(
             name,
-            r.noise,
             r.order,
             str(r.group_size),
             share,
@@ -55,6 +57,8 @@ def print_accuracies(results: list[Accuracy]) -> None:
             str(r.num_images),
         )
     Console().print(table)
+    if results[-1].noise != "none":
+        print(f"Noise at inference: {results[-1].noise}.")
     if any(r.transductive for r in results):
         print(
             "Transductive figures depend on the other pictures of the batch; the per-image one is the model's accuracy."

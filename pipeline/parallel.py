@@ -61,6 +61,7 @@ def launch(arguments: list[str], processes: int) -> int:
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        run_id=f"pipeline-{os.getpid()}",
         max_restarts=0,
         monitor_interval=0.1,
     )
@@ -110,6 +111,10 @@ def build_accelerator(config: ParallelConfig, layout: Layout, clip_grad_norm: fl
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
+            from deepspeed.ops import __compatible_ops__
+
+            # Serves inference alone, but is compiled at the start, under a lock that a killed run leaves behind.
+            __compatible_ops__["deepspeed_shm_comm"] = False
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -150,6 +155,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("DeepSpeed", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed asks for the CUDA toolkit on every rank, and torch warns where there is one but no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -99,7 +99,7 @@ class TrainLoader:
         self._plan: list[tuple[np.ndarray, int]] = []
         # The .beton's threads live in its reader; forking after they have started would copy none of them.
         processes = 0 if isinstance(reader, BetonReader) else workers
-        self._batches = _Batches(reader, self._plan, processes)
+        self._batches = _Batches(reader, self._plan, processes, persistent=True)
 
     def __iter__(self) -> Iterator[Batch]:
         n = len(self.reader.labels)
@@ -144,7 +144,7 @@ class EvaluationLoader:
         plan: list[tuple[np.ndarray, int | None]] = [
             (ids, None) for ids in evaluation_batches(order, batch, group, rank, world_size)
         ]
-        self._batches = _Batches(reader, plan, 0 if isinstance(reader, BetonReader) else workers)
+        self._batches = _Batches(reader, plan, 0 if isinstance(reader, BetonReader) else workers, persistent=False)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
@@ -153,16 +153,16 @@ class EvaluationLoader:
 class _Batches(Dataset):
     """Runs a plan of (sample ids, epoch), by worker processes or one batch ahead on a thread.
 
-    The plan is read anew at each iteration, so that persistent workers serve every epoch.
+    The plan is read anew at each iteration, so that `persistent` workers serve every epoch.
     """
 
-    def __init__(self, reader: Reader, plan: list, workers: int) -> None:
+    def __init__(self, reader: Reader, plan: list, workers: int, persistent: bool) -> None:
         self.reader = reader
         self.plan = plan
         self.processes = None
         if workers:
             self.processes = DataLoader(
-                self, batch_size=None, sampler=_Live(plan), num_workers=workers, persistent_workers=True
+                self, batch_size=None, sampler=_Live(plan), num_workers=workers, persistent_workers=persistent
             )
 
     def __getitem__(self, item: tuple[np.ndarray, int | None]) -> Batch:
