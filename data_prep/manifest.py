@@ -16,16 +16,20 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import struct
+import typing
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 MANIFEST_FORMAT = "noisynn-manifest"
 MANIFEST_VERSION = 1
 MANIFEST_SUFFIX = ".manifest.json"
+
+Record = TypeVar("Record")
 
 INDEX_MAGIC = b"NNINDEX1"
 INDEX_HEADER = struct.Struct("<8sQI")
@@ -148,13 +152,30 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _manifest_of(body: dict[str, Any], folder: Path) -> Manifest:
-    body["shards"] = tuple(ShardRecord(**record) for record in body["shards"])
-    body["repaired"] = tuple(Note(**note) for note in body["repaired"])
-    body["skipped"] = tuple(Note(**note) for note in body["skipped"])
-    body["beton"] = BetonRecord(**body["beton"]) if body["beton"] else None
+    body["shards"] = tuple(record_of(ShardRecord, record) for record in body["shards"])
+    body["repaired"] = tuple(record_of(Note, note) for note in body["repaired"])
+    body["skipped"] = tuple(record_of(Note, note) for note in body["skipped"])
+    body["beton"] = None if body["beton"] is None else record_of(BetonRecord, body["beton"])
     body["classes"] = tuple(body["classes"])
     body["class_counts"] = tuple(body["class_counts"])
-    return Manifest(**body, folder=folder)
+    if not all(isinstance(name, str) for name in body["classes"]):
+        raise TypeError("a class name that is no text")
+    if not all(isinstance(count, int) and count >= 0 for count in body["class_counts"]):
+        raise TypeError("a class count that is no number")
+    return record_of(Manifest, body | {"folder": folder})
+
+
+def record_of(kind: type[Record], fields: Any) -> Record:
+    """Makes a record from what JSON gave. Errors: TypeError or ValueError naming the field of the wrong type."""
+    if not isinstance(fields, dict):
+        raise TypeError(f"{kind.__name__}: expected an object, found {type(fields).__name__}")
+    record = kind(**fields)
+    for name, hint in typing.get_type_hints(kind).items():
+        origin = typing.get_origin(hint)
+        # isinstance takes `int | None`, but of `dict[str, Any]` and `tuple[str, ...]` only the container.
+        if not isinstance(getattr(record, name), origin if origin in (dict, tuple) else hint):
+            raise TypeError(f"{kind.__name__}.{name} is {getattr(record, name)!r}")
+    return record
 
 
 def _check_counts(manifest: Manifest, num_samples: Any, path: Path) -> None:
@@ -202,20 +223,27 @@ def unpack_index(data: bytes, path: Path) -> list[IndexEntry]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file beside `path`; on success fsyncs it and renames it, on any failure removes it.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` for a writer to fill; on success fsyncs and renames it, else removes it.
 
-    The name carries the process id, so that two jobs on one target do not write into one file.
+    The name carries the process id and a random part, so that two jobs on one target, on whatever machines, never
+    write into one file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """As atomic_path, but opens the temporary file for writing (and reading back) in binary."""
+    with atomic_path(path) as temporary, open(temporary, "w+b") as file:
+        yield file
 
 
 def publish(temporary: Path, path: Path) -> None:

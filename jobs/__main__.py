@@ -1,4 +1,4 @@
-"""``python -m jobs {local|slurm|kubernetes}``: fills a job file, writes it into the run folder and submits it."""
+"""``python -m jobs {local|slurm|kubernetes|demo}``: prints a filled job file, or submits it; or runs the demo."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from typing import Annotated
 import tyro
 
 from jobs import kubernetes, local, slurm
+from jobs.demo import DemoOptions, run_demo
 from jobs.kubernetes import KubernetesOptions
 from jobs.launch import Launch, require_tool, write_launch_file
 from jobs.local import LocalOptions
 from jobs.slurm import SlurmOptions
 
-Options = LocalOptions | SlurmOptions | KubernetesOptions
+Options = LocalOptions | SlurmOptions | KubernetesOptions | DemoOptions
 Command = (
     Annotated[LocalOptions, tyro.conf.subcommand("local")]
     | Annotated[SlurmOptions, tyro.conf.subcommand("slurm")]
     | Annotated[KubernetesOptions, tyro.conf.subcommand("kubernetes")]
+    | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
-DESCRIPTION = """Launch `python -m pipeline train` on one machine, a Slurm cluster or Kubernetes.
+DESCRIPTION = """Launch `python -m pipeline train` on one machine, a Slurm cluster or Kubernetes; or run the demo.
 
-The filled file is written to RUN/launch/ and submitted; --dry-run prints it instead. Options after a bare -- are handed
-to the trainer as they are."""
+Prints the filled job file; --submit writes it to RUN/launch/ and submits it. Options after a bare -- are handed to the
+trainer as they are."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         own, extra = split_at_dashes(words)
         options = parse(own)
+        if isinstance(options, DemoOptions):
+            if extra:
+                raise ValueError(f"demo takes no options after --, such as {extra[0]}: leave them out")
+            return run_demo(options)
         launch = plan(options, extra, f"python -m jobs {shlex.join(words)}")
-        if options.training.dry_run:
+        if not options.training.submit:
             sys.stdout.write(launch.text)
             return 0
         require_tool(launch)
@@ -83,7 +89,7 @@ def fold_box(box: str) -> str:
     return re.sub(r"\s+;", ";", " ".join(text.split()))
 
 
-def plan(options: Options, extra: Sequence[str], command_line: str) -> Launch:
+def plan(options: LocalOptions | SlurmOptions | KubernetesOptions, extra: Sequence[str], command_line: str) -> Launch:
     """The job file for these options."""
     if isinstance(options, LocalOptions):
         return local.plan(options, extra, command_line)

@@ -30,7 +30,7 @@ LABEL_CHARACTERS = 63
 class KubernetesOptions:
     """Apply a Kubernetes Indexed Job. --run, --train and --val are paths as the pods see them, under --mount-path.
 
-    Example: python -m jobs kubernetes --recipe noisy_vit_s16_in1k --run /data/runs/s16 --train
+    Example: python -m jobs kubernetes noisy_vit_s16_in1k --run /data/runs/s16 --train
     /data/in1k/train.manifest.json --val /data/in1k/val.manifest.json --nodes 4 --gpus-per-node 8 --image
     registry.example/noisynn:1 --volume-claim imagenet --launch-folder launches/s16
     """
@@ -163,7 +163,7 @@ def _check(options: KubernetesOptions) -> None:
 def _launch_folder(options: KubernetesOptions) -> Path:
     if options.launch_folder is not None:
         return Path(options.launch_folder).expanduser()
-    if not options.training.dry_run and not Path(options.mount_path).is_dir():
+    if options.training.submit and not Path(options.mount_path).is_dir():
         raise ValueError(
             f"--launch-folder: {options.mount_path} is not mounted on this machine; "
             f"say where the filled file shall be written"

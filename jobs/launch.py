@@ -184,7 +184,7 @@ def require_tool(launch: Launch) -> None:
     if shutil.which(launch.tool) is None:
         raise ValueError(
             f"{launch.kind}: `{launch.tool}` is not on PATH, so nothing was written or submitted; run this where it "
-            f"is, or add --dry-run, save what it prints and submit that file there"
+            f"is, or leave --submit out, save what it prints and submit that file there"
         )
 
 

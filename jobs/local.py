@@ -19,7 +19,7 @@ from jobs.launch import CODE_FOLDER, Launch, render, require_printable
 class LocalOptions:
     """Train on this machine, in the foreground.
 
-    Example: python -m jobs local --recipe demo --run runs/demo --train shards/train.manifest.json
+    Example: python -m jobs local demo --run runs/demo --train shards/train.manifest.json
     --val shards/val.manifest.json --gpus-per-node 0 --processes 2
     """
 

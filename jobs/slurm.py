@@ -27,7 +27,7 @@ CPUS_PER_PROCESS = 8  # Slurm's own default, one CPU a task, would leave a node'
 class SlurmOptions:
     """Submit a Slurm batch job.
 
-    Example: python -m jobs slurm --recipe noisy_vit_s16_in1k --run /shared/runs/s16 --train
+    Example: python -m jobs slurm noisy_vit_s16_in1k --run /shared/runs/s16 --train
     /shared/in1k/train.manifest.json --val /shared/in1k/val.manifest.json --nodes 4 --gpus-per-node 8 --partition gpu
     """
 
@@ -63,8 +63,8 @@ def plan(options: SlurmOptions, extra: Sequence[str], command_line: str) -> Laun
     require_printable(options)
     training.check(options.training, extra)
     train = training.with_absolute_paths(options.training)
-    if not train.dry_run:
-        training.require_files(train)  # of a dry run, the file may be meant for another machine
+    if train.submit:
+        training.require_files(train)  # a file that is only printed may be meant for another machine
     if "\\" in train.run:
         raise ValueError(f"--run: Slurm reads the backslash in {train.run} as its own sign; choose another folder")
     if options.port is not None:

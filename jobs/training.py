@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -19,7 +20,7 @@ SET_HERE = ("--run", "--data.train", "--data.val")  # given twice, the trainer a
 class TrainingOptions:
     """What is trained, on what, by how many machines. Whatever follows a bare -- goes to `python -m pipeline train`."""
 
-    recipe: str
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Recipe to train: a module of pipeline/recipes."""
     run: str
     """Run folder: checkpoints, logs, and launch/ with the job file. Launched again, the run goes on from there."""
@@ -33,8 +34,8 @@ class TrainingOptions:
     """Machines."""
     processes: int | None = None
     """Processes on each machine when --gpus-per-node is 0."""
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the job file; write and submit nothing."""
+    submit: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the job file into the run folder and submit it. Without this it is printed, and nothing happens."""
 
     @property
     def processes_per_node(self) -> int:
@@ -57,7 +58,7 @@ def check(options: TrainingOptions, extra: Sequence[str]) -> None:
     names = known_recipes()
     if options.recipe not in names:
         nearest = difflib.get_close_matches(options.recipe, names, n=3, cutoff=0.4) or names
-        raise ValueError(f"--recipe: there is no recipe {options.recipe!r}; nearest: {', '.join(nearest)}")
+        raise ValueError(f"RECIPE: there is no recipe {options.recipe!r}; nearest: {', '.join(nearest)}")
     if options.nodes < 1:
         raise ValueError(f"--nodes: {options.nodes} machines cannot train; give 1 or more")
     if options.gpus_per_node < 0:

@@ -28,15 +28,15 @@ class ModelConfig:
     init_from: Path | None = None
     """Start from these weights: a run folder, a checkpoint in it, or a .safetensors file."""
     new_head: bool = False
-    """Leave the classifier of `init_from` out and start a new one: for other classes than it was trained on."""
+    """Leave the classifier of the starting weights out and start a new one: for other classes than they know."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path}: it is a probability below 1")
         if self.pretrained and self.init_from:
             raise ValueError("model.pretrained and model.init_from are both set: choose one")
-        if self.new_head and not self.init_from:
-            raise ValueError("model.new_head needs model.init_from: without it every head is new")
+        if self.new_head and not (self.init_from or self.pretrained):
+            raise ValueError("model.new_head needs model.init_from or model.pretrained: otherwise every head is new")
 
 
 def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -63,6 +63,8 @@ def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
         )
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model.options {options} do not fit {config.name}: {error}") from error
+    if config.pretrained and config.new_head:
+        model.reset_classifier(num_classes)
     if config.init_from is not None:
         load_weights(model, weights_file(config.init_from), config.new_head)
     return model

@@ -45,6 +45,15 @@ def ranks_from_environment(environment: dict[str, str] | os._Environ = os.enviro
     return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), launched=True)
 
 
+def check_devices(processes: int) -> None:
+    """Errors: ValueError where there are GPUs, but fewer than ranks to start."""
+    devices = torch.cuda.device_count()
+    if devices and processes > devices:
+        raise ValueError(
+            f"parallel.processes is {processes}, but this machine has {devices} GPUs: start at most {devices}"
+        )
+
+
 def launch(arguments: list[str], processes: int) -> int:
     """Runs `python -m pipeline <arguments>` in so many ranks on this machine, as torchrun does; returns an exit status.
 
@@ -66,7 +75,9 @@ def launch(arguments: list[str], processes: int) -> int:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, entrypoint=sys.executable)("-m", "pipeline", *arguments)
+        # The agent fills ${local_rank} into arguments and makes $ of $$, so each dollar is doubled.
+        words = (word.replace("$", "$$") for word in arguments)
+        elastic_launch(config, entrypoint=sys.executable)("-m", "pipeline", *words)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode

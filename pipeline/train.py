@@ -25,7 +25,7 @@ from pipeline.metrics import RunLog, Throughput
 from pipeline.models import WEIGHTS_NAME, Preprocess, create_model
 from pipeline.noise.inject import NoiseInjector
 from pipeline.optim import create_optimizer, create_schedule
-from pipeline.parallel import Ranks, assert_engine, build_accelerator, snapshot_environment
+from pipeline.parallel import Ranks, assert_engine, build_accelerator, check_devices, snapshot_environment
 from pipeline.progress import TrainProgress
 from pipeline.sections import to_json
 
@@ -252,6 +252,7 @@ def check(config: TrainConfig, world_size: int) -> None:
 
     Errors: ValueError, FileNotFoundError.
     """
+    check_devices(world_size)
     layout = layout_of(config.global_batch, config.micro_batch, 0, world_size)
     finished = ckpt.latest_generation(config.run)
     if finished is not None and not config.resume:

@@ -1,4 +1,4 @@
-"""The command ``python -m jobs`` as a user calls it: dry runs, submission to stand-ins on PATH, bad input."""
+"""The command ``python -m jobs`` as a user calls it: printed files, submission to stand-ins on PATH, bad input."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def manifests(tmp_path: Path) -> list[str]:
 
 
 def slurm_words(run_folder: Path, manifests: list[str], *more: str) -> list[str]:
-    return ["slurm", "--recipe", "demo", "--run", str(run_folder), *manifests, "--gpus-per-node", "8", *more]
+    return ["slurm", "demo", "--run", str(run_folder), *manifests, "--gpus-per-node", "8", *more]
 
 
 def local_words(run_folder: Path, manifests: list[str], *more: str) -> list[str]:
-    words = ["local", "--recipe", "demo", "--run", str(run_folder), *manifests]
+    words = ["local", "demo", "--run", str(run_folder), *manifests]
     return [*words, "--gpus-per-node", "0", "--processes", "2", *more]
 
 
@@ -82,7 +82,7 @@ def kubernetes_words(*more: str) -> list[str]:
         "--volume-claim",
         "imagenet",
     ]
-    return ["kubernetes", "--recipe", "demo", *paths, *rest, *more]
+    return ["kubernetes", "demo", *paths, *rest, *more]
 
 
 def train_words(run: Path | str, manifests: list[str], *extra: str) -> list[str]:
@@ -90,14 +90,14 @@ def train_words(run: Path | str, manifests: list[str], *extra: str) -> list[str]
     return ["-m", "--", "pipeline", "train", "demo", *paths, "--resume", *extra]
 
 
-# ---- help and dry runs
+# ---- help and printed files
 
 
 @pytest.mark.parametrize("kind", ["local", "slurm", "kubernetes"])
 def test_help_names_every_shared_option(kind: str) -> None:
     done = run_jobs([kind, "--help"])
     assert done.returncode == 0, done.stderr
-    for option in ("--recipe", "--run", "--train", "--val", "--nodes", "--gpus-per-node", "--dry-run"):
+    for option in ("RECIPE", "--run", "--train", "--val", "--nodes", "--gpus-per-node", "--submit"):
         assert option in done.stdout
     assert "bare --" in " ".join(done.stdout.replace("│", "").split())
 
@@ -110,8 +110,8 @@ def test_the_command_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("make_words", [slurm_words, local_words])
-def test_dry_run_prints_a_script_that_bash_accepts_and_writes_nothing(make_words, run_folder, manifests) -> None:
-    done = run_jobs(make_words(run_folder, manifests, "--dry-run", "--", *AWKWARD))
+def test_it_prints_a_script_that_bash_accepts_and_writes_nothing(make_words, run_folder, manifests) -> None:
+    done = run_jobs(make_words(run_folder, manifests, "--", *AWKWARD))
     assert done.returncode == 0, done.stderr
     checked = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stderr) == (0, "")
@@ -120,7 +120,7 @@ def test_dry_run_prints_a_script_that_bash_accepts_and_writes_nothing(make_words
 
 def test_slurm_directives(run_folder, manifests) -> None:
     options = ["--nodes", "4", "--partition", "gpu", "--time", "1-00:00:00", "--account", "lab", "--memory", "200G"]
-    text = run_jobs(slurm_words(run_folder, manifests, *options, "--dry-run")).stdout
+    text = run_jobs(slurm_words(run_folder, manifests, *options)).stdout
     directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     log = str(run_folder).replace("%", "%%") + "/launch/slurm-%j.out"  # only the job's number is filled in by Slurm
     expected = ["--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=64", '--time="1-00:00:00"']
@@ -167,7 +167,7 @@ def recording_python(folder: Path) -> Path:
 
 def test_slurm_script_starts_one_agent_a_node_with_every_word_intact(tmp_path, run_folder, manifests) -> None:
     python = recording_python(tmp_path)
-    options = ["--nodes", "2", "--python", str(python), "--network-interface", "ib0", "--dry-run", "--", *AWKWARD]
+    options = ["--nodes", "2", "--python", str(python), "--network-interface", "ib0", "--", *AWKWARD]
     script = run_jobs(slurm_words(run_folder, manifests, *options)).stdout
     record = run_slurm_script(script, tmp_path, SLURM_RESTART_COUNT="3")
 
@@ -190,7 +190,7 @@ def test_slurm_script_starts_one_agent_a_node_with_every_word_intact(tmp_path, r
 
 def test_slurm_script_falls_back_to_the_hostname_and_takes_a_port(tmp_path, run_folder, manifests) -> None:
     words = slurm_words(run_folder, manifests, "--nodes", "2", "--python", str(recording_python(tmp_path)))
-    script = run_jobs([*words, "--port", "29500", "--dry-run"]).stdout
+    script = run_jobs([*words, "--port", "29500"]).stdout
     agent = recorded(run_slurm_script(script, tmp_path, resolvable=False) / "agent-1")
     assert "--rdzv-endpoint=first-host:29500" in agent
     assert "--rdzv-id=123456-0" in agent
@@ -198,7 +198,7 @@ def test_slurm_script_falls_back_to_the_hostname_and_takes_a_port(tmp_path, run_
 
 def test_a_cpu_run_under_slurm_hides_gpus_and_shares_the_cores(tmp_path, run_folder, manifests) -> None:
     words = [word if word != "8" else "0" for word in slurm_words(run_folder, manifests, "--nodes", "2")]
-    script = run_jobs([*words, "--processes", "4", "--python", str(recording_python(tmp_path)), "--dry-run"]).stdout
+    script = run_jobs([*words, "--processes", "4", "--python", str(recording_python(tmp_path))]).stdout
     assert "--gpus-per-node" not in script.split("set -euo pipefail")[0].split("\n", 2)[2]
     record = run_slurm_script(script, tmp_path)
     environment = dict(item.split("=", 1) for item in recorded(record / "environment-0"))
@@ -215,7 +215,7 @@ def test_slurm_submits_and_never_overwrites(tmp_path, run_folder, manifests) -> 
     )
     path = f"{sbatch.parent}:{os.environ['PATH']}"
     for number in (1, 2):
-        done = run_jobs(slurm_words(run_folder, manifests), PATH=path)
+        done = run_jobs(slurm_words(run_folder, manifests, "--submit"), PATH=path)
         assert done.returncode == 0, done.stderr
         script = run_folder / "launch" / f"slurm-{number}.sh"
         assert recorded(tmp_path / "record") == ["--parsable", str(script)]
@@ -226,7 +226,7 @@ def test_slurm_submits_and_never_overwrites(tmp_path, run_folder, manifests) -> 
 
 def test_a_refusal_of_sbatch_is_one_line(tmp_path, run_folder, manifests) -> None:
     sbatch = write_stand_in(tmp_path / "bin" / "sbatch", "printf 'sbatch: error:\\n invalid partition\\n' >&2; exit 1")
-    done = run_jobs(slurm_words(run_folder, manifests), PATH=f"{sbatch.parent}:{os.environ['PATH']}")
+    done = run_jobs(slurm_words(run_folder, manifests, "--submit"), PATH=f"{sbatch.parent}:{os.environ['PATH']}")
     assert done.returncode == 2
     assert done.stderr.startswith("error: `sbatch") and "invalid partition" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -234,7 +234,7 @@ def test_a_refusal_of_sbatch_is_one_line(tmp_path, run_folder, manifests) -> Non
 
 def test_local_becomes_torchrun(tmp_path, run_folder, manifests) -> None:
     python = write_stand_in(tmp_path / "my env" / "python", f'printf "%s\\0" "$@" > "{tmp_path}/record"\nexit 7')
-    done = run_jobs(local_words(run_folder, manifests, "--python", str(python), "--", *AWKWARD))
+    done = run_jobs(local_words(run_folder, manifests, "--python", str(python), "--submit", "--", *AWKWARD))
     assert done.returncode == 7, done.stderr  # the run's own status
     words = recorded(tmp_path / "record")
     assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -245,7 +245,7 @@ def test_local_becomes_torchrun(tmp_path, run_folder, manifests) -> None:
 def test_kubernetes_applies_the_written_file(tmp_path) -> None:
     kubectl = write_stand_in(tmp_path / "bin" / "kubectl", f'printf "%s\\0" "$@" > "{tmp_path}/record"')
     path = f"{kubectl.parent}:{os.environ['PATH']}"
-    words = kubernetes_words("--namespace", "ml", "--launch-folder", str(tmp_path / "here"))
+    words = kubernetes_words("--namespace", "ml", "--launch-folder", str(tmp_path / "here"), "--submit")
     done = run_jobs(words, PATH=path)
     assert done.returncode == 0, done.stderr
     written = tmp_path / "here" / "kubernetes-1.yaml"
@@ -277,7 +277,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 def test_bad_input_ends_the_process_with_status_2() -> None:
-    done = run_jobs(["slurm", "--recipe", "demo"])
+    done = run_jobs(["slurm", "demo"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
@@ -285,7 +285,6 @@ def test_bad_input_ends_the_process_with_status_2() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["--recipe", "dem"], ["--recipe", "'dem'", "demo"]),
         (["--nodes", "0"], ["--nodes", "1 or more"]),
         (["--nodes", "two"], ["--nodes", "two"]),
         (["--gpus-per-node", "-1"], ["--gpus-per-node"]),
@@ -305,7 +304,7 @@ def test_bad_input_ends_the_process_with_status_2() -> None:
     ],
 )
 def test_bad_slurm_input_is_one_line(changes, expected, run_folder, manifests, refused: Refused) -> None:
-    refused([*slurm_words(run_folder, manifests, "--dry-run"), *changes], *expected)
+    refused([*slurm_words(run_folder, manifests), *changes], *expected)
     assert not run_folder.exists()
 
 
@@ -325,12 +324,12 @@ def test_bad_slurm_input_is_one_line(changes, expected, run_folder, manifests, r
     ],
 )
 def test_bad_kubernetes_input_is_one_line(changes, expected, refused: Refused) -> None:
-    refused([*kubernetes_words("--dry-run"), *changes], *expected)
+    refused([*kubernetes_words(), *changes], *expected)
 
 
 def test_local_refuses_a_missing_manifest_and_several_machines(tmp_path, run_folder, manifests, refused) -> None:
     missing = str(tmp_path / "none.json")
-    refused(local_words(run_folder, [*manifests[:3], missing]), "--val", missing, "data_prep")
+    refused(local_words(run_folder, [*manifests[:3], missing], "--submit"), "--val", missing, "data_prep")
     refused(local_words(run_folder, manifests, "--nodes", "2"), "--nodes", "slurm or kubernetes")
     assert not run_folder.exists()
 
@@ -339,24 +338,28 @@ def test_a_missing_scheduler_is_said_before_anything_is_written(
     tmp_path, run_folder, manifests, refused, monkeypatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused(slurm_words(run_folder, manifests), "`sbatch`", "--dry-run")
-    words = kubernetes_words("--launch-folder", str(tmp_path / "here"))
-    refused(words, "`kubectl`", "--dry-run")
+    refused(slurm_words(run_folder, manifests, "--submit"), "`sbatch`", "leave --submit out")
+    words = kubernetes_words("--launch-folder", str(tmp_path / "here"), "--submit")
+    refused(words, "`kubectl`")
     assert not run_folder.exists() and not (tmp_path / "here").exists()
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path, manifests, refused) -> None:
     (tmp_path / "file").write_text("")
-    refused(local_words(tmp_path / "file" / "run", manifests), str(tmp_path / "file"))
+    refused(local_words(tmp_path / "file" / "run", manifests, "--submit"), str(tmp_path / "file"))
 
 
 def test_kubernetes_asks_where_to_write(refused) -> None:
     words = kubernetes_words("--mount-path", "/nowhere", "--run", "/nowhere/r", "--train", "/nowhere/t")
-    refused([*words, "--val", "/nowhere/v"], "--launch-folder")
+    refused([*words, "--val", "/nowhere/v", "--submit"], "--launch-folder")
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest(refused) -> None:
+    refused(["slurm", "dem", "--run", "r", "--train", "t", "--val", "v", "--gpus-per-node", "8"], "'dem'", "demo")
 
 
 def test_missing_options_and_kind_are_one_line(refused) -> None:
-    refused(["slurm", "--recipe", "demo"], "--run", "--train")
+    refused(["slurm", "demo"], "--run", "--train")
     refused(["cloud"], "local", "kubernetes")
     refused([])
 

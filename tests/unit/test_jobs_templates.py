@@ -28,7 +28,7 @@ def kubernetes_documents(extra: list[str] | None = None, **changes: Any) -> list
     training_changes = {name: changes.pop(name) for name in ("nodes", "gpus_per_node", "processes") if name in changes}
     counts: dict[str, Any] = {"nodes": 3, "gpus_per_node": 8} | training_changes
     base = {"image": "registry.example/noisynn:1", "volume_claim": "imagenet"} | changes
-    options = KubernetesOptions(TrainingOptions(**train, **counts, dry_run=True), **base)
+    options = KubernetesOptions(TrainingOptions(**train, **counts), **base)
     return list(yaml.safe_load_all(kubernetes.plan(options, extra or [], "python -m jobs").text))
 
 
@@ -156,7 +156,7 @@ def test_any_printable_word_reaches_the_trainer_through_kubernetes(extra: list[s
 @given(EXTRA, PRINTABLE.filter(str.strip), PRINTABLE.filter(str.strip))
 def test_any_printable_word_reaches_the_trainer_through_slurm(extra: list[str], name: str, partition: str) -> None:
     run = "/runs/" + name.replace("\\", "_").replace("/", "_").replace(".", "_")
-    options = SlurmOptions(TrainingOptions("demo", run, "/t", "/v", gpus_per_node=8, dry_run=True), partition=partition)
+    options = SlurmOptions(TrainingOptions("demo", run, "/t", "/v", gpus_per_node=8), partition=partition)
     text = slurm.plan(options, extra, f"python -m jobs {name}").text
     words = shlex.split(text.split("train=(\n")[1].split("\n)\n")[0])
     resume = ["--resume"] if not {"--resume", "--no-resume"} & set(extra) else []

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Makes .venv with everything that requirements.txt pins. Run again, it finds that done within a second.
+set -euo pipefail
+cd "$(dirname "$0")"
+python=${PYTHON:-python3}
+stamp=.venv/.installed
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# What is missing is found by trying it, not by asking dpkg: Python or OpenCV may come from elsewhere.
+missing_packages() {
+    command -v g++ >/dev/null || echo g++
+    command -v pkg-config >/dev/null || echo pkg-config
+    pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
+    pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+    command -v "$python" >/dev/null || { echo python3 python3-dev python3-venv; return; }
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
+}
+
+install_packages() {
+    local missing as_root=()
+    missing=$(missing_packages | xargs)
+    [ -n "$missing" ] || return 0
+    if [ "$(id -u)" != 0 ]; then
+        as_root=(sudo)
+        sudo -n true 2>/dev/null || fail "these Debian packages are missing and this user may not install them." \
+            "Ask an administrator for: apt-get install $missing"
+    fi
+    command -v apt-get >/dev/null || fail "these packages are missing (by Debian's names): $missing"
+    echo "installing Debian packages: $missing"
+    "${as_root[@]}" apt-get update -qq
+    # shellcheck disable=SC2086  # a list of names
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    missing=$(missing_packages | xargs)
+    [ -z "$missing" ] || fail "still missing after apt-get: $missing"
+}
+
+wanted() { cat requirements.txt; "$python" -c 'import sys; print(sys.version)'; }
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted | sha256sum)" ]; then
+    exit 0
+fi
+install_packages
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    || fail "$python is $("$python" --version): Python 3.11 or later is needed (PYTHON=/path/to/python3.11 make setup)"
+echo "installing requirements.txt into .venv (a few minutes, about 7 GB)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+echo "native noise kernels: none in this version; noise is plain PyTorch"
+wanted | sha256sum > "$stamp"
