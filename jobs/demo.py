@@ -128,7 +128,7 @@ def _prepare(pictures: Path, out: Path) -> None:
 def _train(options: DemoOptions, out: Path) -> None:
     data = ("--data.train", str(_manifest(out, "train")), "--data.val", str(_manifest(out, "val")))
     run = ("--run", str(out / "pretrain"), "--epochs", str(options.epochs))
-    _run("pipeline", "train", "demo", *run, *data, "--optim.warmup-epochs", "1")
+    _run("pipeline", "train", "demo", *run, *data)
     run = ("--run", str(out / "finetune"), "--epochs", str(options.finetune_epochs))
     labels = ("--data.format", "ffcv", "--data.label-map", str(out / "labels.json"))
     start = ("--model.init-from", str(out / "pretrain"), "--model.new-head")

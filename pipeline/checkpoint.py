@@ -59,14 +59,22 @@ def publish_generation(run: Path, step: int, keep: int) -> Path:
     final = temporary.with_name(generation_name(step))
     _seal(temporary)
     if final.exists():
-        shutil.rmtree(final)  # the same step again, after a resume from an earlier one
+        _remove(final)  # the same step again, after a resume from an earlier one
     publish(temporary, final)
     with atomic_file(final.with_name(POINTER_NAME)) as file:
         file.write(f"{final.name}\n".encode())
     for old in _generations(run)[:-keep]:
         if old != final:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(generation: Path) -> None:
+    """Takes the final name away first: killed while deleting, half a generation never stands under it."""
+    hidden = generation.with_name(f".{generation.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(generation, hidden)
+    shutil.rmtree(hidden)
 
 
 def _seal(folder: Path) -> None:
@@ -87,9 +95,8 @@ def latest_generation(run: Path) -> Path | None:
     """The generation that the pointer names, else the newest finished one, else None."""
     found = _generations(run)
     pointer = run / "checkpoints" / POINTER_NAME
-    if pointer.is_file() and (named := pointer.with_name(pointer.read_text().strip())) in found:
-        return named
-    return found[-1] if found else None
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return next((g for g in found if g.name == named), found[-1] if found else None)
 
 
 def verify_generation(folder: Path, include: Callable[[str], bool] = lambda name: True) -> None:

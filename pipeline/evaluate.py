@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.checkpoint import CONFIG_NAME, latest_generation, write_json
+from pipeline.checkpoint import CONFIG_NAME, latest_generation, verify_generation, write_json
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.batch import Reader
 from pipeline.data.loader import DataConfig, EvaluationLoader, open_split
@@ -157,13 +157,20 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if not source.is_dir():
         raise FileNotFoundError(f"no checkpoint at {source}: name a run folder, or a checkpoint in it")
     folder = latest_generation(source) if (source / "checkpoints").is_dir() else source
-    if folder is None or not (folder / CONFIG_NAME).is_file():
+    if folder is None:
         raise FileNotFoundError(f"{source} holds no finished checkpoint: train there first, or name another")
+    verify_generation(folder, lambda name: name == CONFIG_NAME)  # a run folder has a config.json too, but no sums
     path = folder / CONFIG_NAME
     body = json.loads(path.read_text())
-    sections = {"model": ModelConfig, "data": DataConfig, "augment": AugmentConfig}
-    parts = {name: from_json(cls, body[name], f"{path}: {name}") for name, cls in sections.items()}
-    return Checkpoint(folder, **parts, classes=tuple(body["classes"]), seed=body["seed"], step=body["step"])
+    return Checkpoint(
+        folder,
+        model=from_json(ModelConfig, body["model"], f"{path}: model"),
+        data=from_json(DataConfig, body["data"], f"{path}: data"),
+        augment=from_json(AugmentConfig, body["augment"], f"{path}: augment"),
+        classes=tuple(body["classes"]),
+        seed=body["seed"],
+        step=body["step"],
+    )
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:

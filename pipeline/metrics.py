@@ -20,16 +20,16 @@ T = TypeVar("T")
 class RunLog:
     """Writes one run's metrics. Rank 0 alone has one.
 
-    After a resume at `first_step`, what a killed run had logged from that step on is dropped from both files.
+    After a resume with `done_steps`, what a killed run had logged beyond them is dropped from both files.
     """
 
-    def __init__(self, run: Path, first_step: int) -> None:
+    def __init__(self, run: Path, done_steps: int) -> None:
         self._path = run / METRICS_NAME
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) < first_step]
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= done_steps]
             self._path.write_text("".join(f"{line}\n" for line in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  (closed in close)
-        self._writer = SummaryWriter(str(run), purge_step=first_step if first_step else None)
+        self._writer = SummaryWriter(str(run), purge_step=done_steps + 1 if done_steps else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for tag, value in values.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -45,11 +47,11 @@ def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
     Errors: ValueError for an unknown name (nearest offered), options that do not fit it, or weights that do not.
     """
     if not timm.is_model(config.name):
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
+        near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=5, cutoff=0.3)
         raise ValueError(
             f"model.name {config.name!r} is unknown to timm {timm.__version__}; near it: {', '.join(near)}"
         )
-    options = dict(config.options)
+    options: dict[str, Any] = dict(config.options)
     cfg = timm.get_pretrained_cfg(config.name)
     if cfg is not None and cfg.fixed_input_size:
         options["img_size"] = image_size
@@ -64,7 +66,7 @@ def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model.options {options} do not fit {config.name}: {error}") from error
     if config.pretrained and config.new_head:
-        model.reset_classifier(num_classes)
+        cast(Any, model).reset_classifier(num_classes)
     if config.init_from is not None:
         load_weights(model, weights_file(config.init_from), config.new_head)
     return model
@@ -114,8 +116,13 @@ def load_weights(model: nn.Module, path: Path, new_head: bool = False) -> None:
     model.load_state_dict(weights, strict=not new_head)
 
 
+def timm_settings(model: nn.Module) -> dict[str, Any]:
+    """timm's record of a model: its mean and std, the name of its classifier, and more."""
+    return cast(Any, model).pretrained_cfg
+
+
 def _classifier_keys(model: nn.Module) -> set[str]:
-    classifier = model.pretrained_cfg.get("classifier", "head")
+    classifier = timm_settings(model).get("classifier", "head")
     prefixes = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return {k for k in model.state_dict() if k.startswith(tuple(f"{p}." for p in prefixes))}
 
@@ -132,7 +139,7 @@ class Preprocess:
     """uint8 (B, H, W, 3) -> normalised float32 (B, 3, H, W) on the device, with the model's own mean and std."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        cfg = model.pretrained_cfg
+        cfg = timm_settings(model)
         self.mean = torch.tensor(cfg["mean"], device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(cfg["std"], device=device).view(1, 3, 1, 1)
 

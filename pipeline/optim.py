@@ -48,7 +48,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         opt=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
-        **specific,  # type: ignore[arg-type]
+        **specific,
     )
 
 
@@ -64,9 +64,10 @@ def create_schedule(optimizer: Optimizer, config: OptimConfig, epochs: int, step
         )
     return CosineLRScheduler(
         optimizer,
-        t_initial=total,
+        t_initial=total - warmup,
         lr_min=config.min_lr,
         warmup_t=warmup,
+        warmup_prefix=True,  # else the cosine would run under the warm-up, and the peak would never be reached
         warmup_lr_init=config.lr / max(1, warmup),  # not 0: a first step at rate 0 would be thrown away
         t_in_epochs=False,
     )

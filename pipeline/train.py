@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.augment import mixup
 from pipeline.data.batch import Batch, Reader
 from pipeline.data.loader import TrainLoader, open_split
-from pipeline.data.order import Layout, layout_of, steps_per_epoch
+from pipeline.data.order import Layout, layout_of
 from pipeline.evaluate import Accuracy, Evaluator
 from pipeline.metrics import RunLog, Throughput
 from pipeline.models import WEIGHTS_NAME, Preprocess, create_model
@@ -170,7 +171,9 @@ def save(run: Training) -> None:
         save_file(_portable(run.model.state_dict()), folder / WEIGHTS_NAME)
         resolved = to_json(run.config) | {"classes": list(run.classes), "step": run.step}
         ckpt.write_json(folder / ckpt.CONFIG_NAME, resolved)
-        ckpt.write_json(folder / ckpt.PROGRESS_NAME, {"step": run.step, "loader": run.loader.state_dict()})
+        engine = {"engine": run.config.parallel.engine, "world_size": run.layout.world_size}
+        progress = engine | {"step": run.step, "loader": run.loader.state_dict()}
+        ckpt.write_json(folder / ckpt.PROGRESS_NAME, progress)
     run.accelerator.wait_for_everyone()
     if main:
         ckpt.publish_generation(run.config.run, run.step, run.config.checkpoint.keep)
@@ -240,11 +243,28 @@ def resume(config: TrainConfig, accelerator: Any, loader: TrainLoader) -> int:
     generation = ckpt.latest_generation(config.run)
     if generation is None:
         return 0
+    progress = resumable_progress(generation, config, loader)
     ckpt.verify_generation(generation)
-    progress = json.loads((generation / ckpt.PROGRESS_NAME).read_text())
-    loader.load_state_dict(progress["loader"])
     accelerator.load_state(str(generation / ckpt.ENGINE_FOLDER))
     return progress["step"]
+
+
+def resumable_progress(generation: Path, config: TrainConfig, loader: TrainLoader) -> dict[str, Any]:
+    """The generation's progress, its place taken by the loader.
+
+    Errors: ValueError where its engine's state cannot be loaded by this run, or its order would be another.
+    """
+    progress = json.loads((generation / ckpt.PROGRESS_NAME).read_text())
+    engine, world_size = progress["engine"], progress["world_size"]
+    if engine != config.parallel.engine:
+        raise ValueError(f"cannot resume: {generation} was written by --parallel.engine {engine}: keep it")
+    if engine == "deepspeed" and world_size != loader.layout.world_size:
+        raise ValueError(
+            f"cannot resume: {generation} holds DeepSpeed's state of {world_size} ranks, this run has "
+            f"{loader.layout.world_size}: start {world_size}, or a new run with --model.init-from {config.run}"
+        )
+    loader.load_state_dict(progress["loader"])
+    return progress
 
 
 def check(config: TrainConfig, world_size: int) -> None:
@@ -257,10 +277,12 @@ def check(config: TrainConfig, world_size: int) -> None:
     finished = ckpt.latest_generation(config.run)
     if finished is not None and not config.resume:
         raise ValueError(f"{config.run} holds the run of {finished.name}: pass --resume to go on, or another --run")
-    readers = open_data(config)
-    steps = steps_per_epoch(len(readers[0].labels), layout.global_batch)
-    model, _ = build_model(config, readers[0])
-    create_schedule(create_optimizer(model, config.optim), config.optim, config.epochs, steps)
+    reader, _ = open_data(config)
+    loader = TrainLoader(reader, layout, config.seed, workers=0)
+    if finished is not None:
+        resumable_progress(finished, config, loader)
+    model, _ = build_model(config, reader)
+    create_schedule(create_optimizer(model, config.optim), config.optim, config.epochs, loader.steps_per_epoch)
 
 
 def run_training(config: TrainConfig, ranks: Ranks) -> None:

@@ -104,8 +104,8 @@ def _box(width: int, height: int, attempts: np.ndarray, config: AugmentConfig) -
             top = min(int(top_draw * (height - h + 1)), height - h)
             return left, top, w, h
     # No box fitted (an extreme aspect ratio): the largest central one of an allowed ratio.
-    w = min(width, round(height * config.ratio[1]))
-    h = min(height, round(width / config.ratio[0]))
+    w = min(width, max(1, round(height * config.ratio[1])))
+    h = min(height, max(1, round(width / config.ratio[0])))
     return (width - w) // 2, (height - h) // 2, w, h
 
 

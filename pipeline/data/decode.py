@@ -20,7 +20,7 @@ def decode_rgb(data: bytes, where: str) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{where}: {image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
         return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{where}: cannot be decoded ({error}); check the shards with `python -m data_prep verify`"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["none", "gaussian", "salt_and_pepper", "circular_shift", "optimal_q"]
 During = Literal["train", "eval", "both"]
@@ -38,6 +38,10 @@ class NoiseConfig:
     """Keep the noise term of a linear noise out of the gradient, as the official CNN does."""
 
     def __post_init__(self) -> None:
+        # The command line checks these two itself; a misspelt phase from anywhere else would switch the noise off.
+        for name, names in (("kind", get_args(Kind)), ("during", get_args(During))):
+            if getattr(self, name) not in names:
+                raise ValueError(f"noise.{name} is {getattr(self, name)!r}: use one of {', '.join(names)}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"noise.group_size is {self.group_size}: give at least 1, or None for the micro-batch")
         if self.kind in _STRENGTHS:

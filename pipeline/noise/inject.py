@@ -36,8 +36,8 @@ class NoiseInjector:
         if config.kind == "none":
             return
         shape = check_site(model, config.site, image_size)
-        if config.spare_prefix_tokens and len(shape) == 3:
-            self.first_token = getattr(model, "num_prefix_tokens", 0)
+        if config.spare_prefix_tokens:
+            self.first_token = prefix_tokens(model, config.site, shape)
         module = model if config.site == IMAGE_SITE else model.get_submodule(config.site)
         self._handle = module.register_forward_pre_hook(self._hook)
 
@@ -93,6 +93,22 @@ def check_site(model: nn.Module, site: str, image_size: int) -> tuple[int, ...]:
             f"({shapes[site][0]} rows for {_PROBE_BATCH} images); nearest that is: {_nearest(site, usable)}"
         )
     return shapes[site]
+
+
+def prefix_tokens(model: nn.Module, site: str, shape: tuple[int, ...]) -> int:
+    """How many class and register tokens stand first among the tokens at a site; shape: that of its input.
+
+    Errors: ValueError where they stand there, but not on axis 1, so that they cannot be spared.
+    """
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if len(shape) == 4 and patches is not None and prefix and shape[2] == patches + prefix:
+        raise ValueError(
+            f"noise.site {site!r} gets {shape[1:]} (heads, tokens, channels): its prefix tokens cannot be spared; "
+            f"take {site.rpartition('.')[0]!r}, or set noise.spare_prefix_tokens to False"
+        )
+    # Before the class token is put in front (patch_embed.norm), the first token is a patch.
+    return prefix if len(shape) == 3 and shape[1] != patches else 0
 
 
 def _nearest(site: str, usable: list[str]) -> str:

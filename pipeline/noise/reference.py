@@ -66,11 +66,12 @@ def random_words(count: int, sample_ids: Tensor, seed: int, epoch: Tensor, strea
     sample_ids: int64 (B,); epoch: int64 scalar. Returns int64 (B, count), each entry in [0, 2^32).
     """
     device = sample_ids.device
-    block = torch.arange((count + 3) // 4, device=device)
+    blocks = (count + 3) // 4
+    block = torch.arange(blocks, device=device)
     ids = sample_ids[:, None]
     counter = (block, torch.tensor(stream, device=device), ids & _MASK32, (ids >> 32) & _MASK32)
     key = (torch.tensor(seed & _MASK32, device=device), epoch.to(device) & _MASK32)
-    return philox4x32(counter, key).reshape(len(sample_ids), -1)[:, :count]
+    return philox4x32(counter, key).reshape(len(sample_ids), 4 * blocks)[:, :count]
 
 
 def uniforms(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,6 +118,8 @@ def salt_and_pepper(
     words = random_words(math.prod(x.shape[1:]), sample_ids, seed, epoch, stream_of(site, Purpose.MASK)).reshape(
         x.shape
     )
+    if not len(x):
+        return x
     salt, either = round(probability / 2 * 2**32), round(probability * 2**32)
     parts = []
     for group in x.detach()[:, first_token:].split(_running(group_size, len(x))):

@@ -35,7 +35,7 @@ RECIPE = Recipe(
         noise=NoiseConfig(kind="gaussian", strength=0.3, site="image", during="train"),
         # A mirrored digit is another sign, and a small crop of one shows nothing: neither is augmented.
         augment=AugmentConfig(scale=(0.7, 1.0), flip=0.0, eval_crop="squash"),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=2),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=1),
         parallel=ParallelConfig(processes=2, precision="fp32"),
     ),
 )

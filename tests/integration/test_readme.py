@@ -1,0 +1,83 @@
+"""Every command of the README is run, on synthetic twins of what it names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent.parent
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# CI runs `make test` itself, and test_demo.py runs what `make demo` does; the other is a server.
+RUN_ELSEWHERE = {"make demo", "make test", "tensorboard --logdir runs"}
+# A cluster's launches are printed; torchrun and the trainer take two small steps on the CPU.
+SMALL = shlex.split("--global-batch 16 --micro-batch 8 --epochs 9 --stop-after-steps 2 --data.workers 0")
+SMALL += shlex.split("--model.options embed_dim 48 depth 12 num_heads 3 --augment.randaugment None")
+
+
+def readme_commands() -> list[str]:
+    text = (REPOSITORY / "README.md").read_text()
+    return [line for block in BLOCK.findall(text) for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory) -> Path:
+    """A folder that stands for / in the README's paths: a twin of ImageNet as people have it."""
+    root = tmp_path_factory.mktemp("twin")
+    random = np.random.RandomState(0)
+    for split, count in (("train", 9), ("val", 10)):
+        for name in ("n01440764", "n01443537"):
+            folder = root / "data/imagenet" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.randint(0, 256, (48, 64, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{name}_{i}.JPEG", format="JPEG")
+    return root
+
+
+def adapted(line: str, root: Path) -> list[str]:
+    """The same command with the twin's paths, two ranks instead of eight, and a small run."""
+    line = re.sub(r"(?<![\w.])/(data|shared)/", f"{root}/\\1/", line).replace(
+        f"{root}/shared/shards", f"{root}/data/shards"
+    )
+    words = [str(root / word) if word.startswith(("runs/", "exported/")) else word for word in shlex.split(line)]
+    if words[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *SMALL]
+        return [word if word != "8" else "2" for word in words]
+    assert words[0] == "python", f"the README has a command that this test does not know: {line}"
+    words[0] = sys.executable
+    if words[2:4] == ["pipeline", "train"]:
+        words = [word if word != "8" else "2" for word in words] + SMALL
+        words.remove("--resume") if "--resume" in words else None
+    if words[2:4] == ["jobs", "kubernetes"]:
+        words += ["--mount-path", f"{root}/data"]
+    if words[2] == "benchmarks":
+        words += ["--rounds", "1"]
+        words += ["--batch", "4", "--workers", "0", "--image-size", "32"] if "loader" in words else ["--megabytes", "1"]
+        words += ["--output", str(root / "results.jsonl")]
+    return words
+
+
+def test_every_command_runs(twin) -> None:
+    commands = readme_commands()
+    assert len(commands) > 12 and set(commands) > RUN_ELSEWHERE, "the README's commands are not found"
+    for line in commands:
+        if line in RUN_ELSEWHERE:
+            continue
+        words = adapted(line, twin)
+        if "torch.distributed.run" in words:
+            shutil.rmtree(twin / "runs")  # a folder of its own for the second training
+        done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        if "evaluate" in words and "--noise.kind" in words:
+            assert "per image" in done.stdout and "transductive" in done.stdout
+        if "slurm" in words:
+            assert done.stdout.startswith("#!/bin/bash") and "#SBATCH --nodes=4" in done.stdout
