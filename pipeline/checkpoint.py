@@ -99,16 +99,28 @@ def latest_generation(run: Path) -> Path | None:
     return next((g for g in found if g.name == named), found[-1] if found else None)
 
 
+def recorded_sha256(folder: Path, name: str) -> str:
+    """What a generation's own list says of one of its files: tells two checkpoints apart that have one path."""
+    for line in (folder / SUMS_NAME).read_text().splitlines():
+        digest, _, listed = line.partition("  ")
+        if listed == name:
+            return digest
+    raise ValueError(f"{folder / SUMS_NAME} does not list {name}: take another checkpoint")
+
+
 def verify_generation(folder: Path, include: Callable[[str], bool] = lambda name: True) -> None:
     """Re-hashes a generation's files before anything of it is loaded.
 
-    Errors: ValueError or FileNotFoundError naming the file that is missing or not what was written.
+    Errors: ValueError or FileNotFoundError naming the file that is missing, not what was written, or not in the sums.
     """
     sums = folder / SUMS_NAME
     if not sums.is_file():
         raise FileNotFoundError(f"{folder} is no finished checkpoint (it has no {SUMS_NAME}): name another")
-    for line in sums.read_text().splitlines():
-        digest, _, name = line.partition("  ")
+    listed = dict(line.partition("  ")[::-2] for line in sums.read_text(errors="replace").splitlines())
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SUMS_NAME}
+    if unlisted := sorted(name for name in found - listed.keys() if include(name)):
+        raise ValueError(f"{folder / unlisted[0]} is not in {SUMS_NAME}, so it cannot be checked: take an older one")
+    for name, digest in listed.items():
         if not include(name):
             continue
         path = folder / name

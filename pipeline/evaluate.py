@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.checkpoint import CONFIG_NAME, latest_generation, verify_generation, write_json
+from pipeline.checkpoint import CONFIG_NAME, latest_generation, recorded_sha256, verify_generation, write_json
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.batch import Reader
 from pipeline.data.loader import DataConfig, EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
-from pipeline.models import ModelConfig, Preprocess, create_model
+from pipeline.models import WEIGHTS_NAME, ModelConfig, Preprocess, create_model
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks, snapshot_environment
@@ -215,6 +215,7 @@ def _report(config: EvaluateConfig, checkpoint: Checkpoint, results: list[Accura
     return {
         "checkpoint": str(checkpoint.folder),
         "step": checkpoint.step,
+        "weights_sha256": recorded_sha256(checkpoint.folder, WEIGHTS_NAME),
         "config": to_json(config),
         "accuracies": [result.to_json() for result in results],
         "environment": snapshot_environment(),

@@ -136,16 +136,20 @@ def _origin(path: Path) -> str:
 
 
 class Preprocess:
-    """uint8 (B, H, W, 3) -> normalised float32 (B, 3, H, W) on the device, with the model's own mean and std."""
+    """uint8 (B, H, W, 3) -> normalised (B, 3, H, W) on the device, with the model's own mean and std.
+
+    Computed in float32, handed on in the type of the model's parameters: DeepSpeed's bf16 converts the whole model.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         cfg = timm_settings(model)
+        self.dtype = next(model.parameters()).dtype
         self.mean = torch.tensor(cfg["mean"], device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(cfg["std"], device=device).view(1, 3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         x = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2)
-        return (x.float() / 255 - self.mean) / self.std
+        return ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
 
     def undo(self, x: Tensor) -> Tensor:
         """Normalised float (B, 3, H, W) -> uint8 (B, H, W, 3), clipped: what a person can look at."""
