@@ -24,7 +24,7 @@ from pipeline.data.order import class_mate_share, class_order, shuffled_order
 from pipeline.models import WEIGHTS_NAME, ModelConfig, Preprocess, create_model
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
-from pipeline.parallel import Ranks, snapshot_environment
+from pipeline.parallel import Ranks, join_ranks, snapshot_environment
 from pipeline.sections import from_json, to_json
 
 Order = Literal["manifest", "class", "shuffled"]
@@ -180,7 +180,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
-    """Per image first, then the noise in each order. Writes the JSON result on rank 0."""
+    """Per image first, then the noise in each order. Under torchrun each rank takes its share, and rank 0 writes."""
     checkpoint = open_checkpoint(config.checkpoint)
     data = replace(checkpoint.data, format=config.format)
     reader = open_split(config.data, data, checkpoint.augment, checkpoint.seed)
@@ -192,7 +192,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
     model = load_model(checkpoint)
     noise = replace(config.noise, during="eval")
     injector = NoiseInjector(model, noise, data.image_size, checkpoint.seed)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(join_ranks(ranks))
     evaluator = Evaluator(model, injector, reader, config.batch, config.workers)
     results = [evaluator.per_image(ranks)]
     if noise.kind != "none":

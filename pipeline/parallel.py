@@ -88,6 +88,15 @@ def launch(arguments: list[str], processes: int) -> int:
     return 0
 
 
+def join_ranks(ranks: Ranks) -> torch.device:
+    """This rank's device; under torchrun joins the process group, over NCCL or, without a GPU, gloo."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if ranks.launched and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    return device
+
+
 def leave(status: int) -> None:
     """Ends a rank at once, after its work is done and on disk.
 

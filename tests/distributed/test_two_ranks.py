@@ -56,6 +56,37 @@ def test_a_stopped_run_goes_on_to_the_bit(two_ranks, command, digits, tmp_path) 
     assert losses(run) == losses(two_ranks[0])
 
 
+def test_two_ranks_evaluate_each_picture_once(two_ranks, command, digits, tmp_path) -> None:
+    noise = ("--noise.kind", "optimal_q", "--noise.site", "blocks.5", "--noise.group-size", "7")
+    what = (
+        "pipeline",
+        "evaluate",
+        "--checkpoint",
+        str(two_ranks[0]),
+        "--data",
+        str(digits.val),
+        "--workers",
+        "0",
+        *noise,
+    )
+    alone = command(*what, "--output", str(tmp_path / "alone.json"))
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
+    together = command(*torchrun, *what, "--batch", "30", "--output", str(tmp_path / "together.json"))
+    assert alone.returncode == together.returncode == 0, together.stderr
+    found = [json.loads((tmp_path / f"{name}.json").read_text())["accuracies"] for name in ("alone", "together")]
+    assert found[0] == found[1]
+    assert [accuracy["num_images"] for accuracy in found[0]] == [400] * 3
+
+
+def test_deepspeed_state_of_two_ranks_is_refused_by_one(two_ranks, command, digits) -> None:
+    data = ("--data.train", str(digits.train), "--data.val", str(digits.val))
+    done = command(
+        "pipeline", "train", "demo", "--run", str(two_ranks[0]), *data, "--resume", "--parallel.processes", "1"
+    )
+    assert done.returncode == 2
+    assert "2 ranks" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_run_folder_is_not_overwritten(two_ranks, command, digits) -> None:
     data = ("--data.train", str(digits.train), "--data.val", str(digits.val))
     done = command("pipeline", "train", "demo", "--run", str(two_ranks[0]), *data)
