@@ -20,7 +20,8 @@ missing_packages() {
 
 install_packages() {
     local missing as_root=()
-    missing=$(missing_packages | xargs)
+    missing=$(missing_packages)
+    missing=${missing//$'\n'/ }
     [ -n "$missing" ] || return 0
     if [ "$(id -u)" != 0 ]; then
         as_root=(sudo)
@@ -32,7 +33,7 @@ install_packages() {
     "${as_root[@]}" apt-get update -qq
     # shellcheck disable=SC2086  # a list of names
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
-    missing=$(missing_packages | xargs)
+    missing=$(missing_packages)
     [ -z "$missing" ] || fail "still missing after apt-get: $missing"
 }
 

@@ -32,9 +32,9 @@ RECIPE = Recipe(
             image_size=32,
             workers=0,
         ),
-        noise=NoiseConfig(kind="gaussian", strength=0.3, site="image", during="train"),
+        noise=NoiseConfig(kind="gaussian", strength=0.2, site="image", during="train"),
         # A mirrored digit is another sign, and a small crop of one shows nothing: neither is augmented.
-        augment=AugmentConfig(scale=(0.7, 1.0), flip=0.0, eval_crop="squash"),
+        augment=AugmentConfig(scale=(0.8, 1.0), flip=0.0, eval_crop="squash"),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=1),
         parallel=ParallelConfig(processes=2, precision="fp32"),
     ),
