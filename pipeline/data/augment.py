@@ -53,8 +53,8 @@ class AugmentConfig:
             raise ValueError(f"augment.ratio is {self.ratio}: two aspect ratios, 0 < low <= high")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augment.flip is {self.flip}: it is a probability from 0 to 1")
-        if self.mixup_alpha < 0:
-            raise ValueError(f"augment.mixup_alpha is {self.mixup_alpha}: at least 0")
+        if not 0 <= self.mixup_alpha < math.inf:
+            raise ValueError(f"augment.mixup_alpha is {self.mixup_alpha}: a number from 0")
         if not 0 < self.eval_crop_share <= 1:
             raise ValueError(f"augment.eval_crop_share is {self.eval_crop_share}: above 0, at most 1")
 
@@ -109,12 +109,21 @@ def _box(width: int, height: int, attempts: np.ndarray, config: AugmentConfig) -
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def center_crop(width: int, height: int, config: AugmentConfig) -> Crop:
-    """The evaluation box for readers that crop before they resize."""
+def center_crop(width: int, height: int, size: int, config: AugmentConfig) -> Crop:
+    """The evaluation box for readers that crop before they resize to (size, size)."""
     if config.eval_crop == "squash":
         return Crop(0, 0, width, height, False)
-    side = max(1, round(min(width, height) * config.eval_crop_share))
-    return Crop((width - side) // 2, (height - side) // 2, side, side, False)
+    # timm resizes to whole pixels, then takes the middle: the same part, in pixels of the original.
+    short = math.floor(size / config.eval_crop_share)
+    left, w = _middle(width, short * width // min(width, height), size)
+    top, h = _middle(height, short * height // min(width, height), size)
+    return Crop(left, top, w, h, False)
+
+
+def _middle(length: int, resized: int, size: int) -> tuple[int, int]:
+    """(start, length) along one axis, in original pixels, of the middle `size` of `resized` pixels."""
+    part = max(1, round(size * length / resized))
+    return min(round(round((resized - size) / 2) * length / resized), length - part), part
 
 
 def apply_training(image: Image.Image, crop: Crop, size: int, config: AugmentConfig) -> Image.Image:

@@ -111,6 +111,10 @@ class TrainLoader:
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._batches.processes = None
+
     def state_dict(self) -> dict[str, Any]:
         epochs, step = divmod(self.step, self.steps_per_epoch)  # the end of an epoch is the start of the next
         return {
@@ -150,32 +154,45 @@ class EvaluationLoader:
         return iter(self._batches)
 
 
-class _Batches(Dataset):
+class _Items(Dataset):
+    """What worker processes run: an item of the plan -> its batch, or the error that it met."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, item: tuple[np.ndarray, int | None]) -> Batch | Exception:
+        try:
+            return self.reader.batch(*item)
+        except (ValueError, OSError) as error:
+            return error  # raised in a worker, torch would put that process's traceback into the message
+
+
+class _Batches:
     """Runs a plan of (sample ids, epoch), by worker processes or one batch ahead on a thread.
 
     The plan is read anew at each iteration, so that `persistent` workers serve every epoch.
     """
 
     def __init__(self, reader: Reader, plan: list, workers: int, persistent: bool) -> None:
-        self.reader = reader
+        self.items = _Items(reader)
         self.plan = plan
         self.processes = None
         if workers:
             self.processes = DataLoader(
-                self, batch_size=None, sampler=_Live(plan), num_workers=workers, persistent_workers=persistent
+                self.items, batch_size=None, sampler=_Live(plan), num_workers=workers, persistent_workers=persistent
             )
 
-    def __getitem__(self, item: tuple[np.ndarray, int | None]) -> Batch:
-        return self.reader.batch(*item)
-
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.processes) if self.processes is not None else self._ahead()
+        for batch in self.processes if self.processes is not None else self._ahead():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
-    def _ahead(self) -> Iterator[Batch]:
+    def _ahead(self) -> Iterator[Batch | Exception]:
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
             coming = None
             for item in list(self.plan):
-                following = pool.submit(self.__getitem__, item)
+                following = pool.submit(self.items.__getitem__, item)
                 if coming is not None:
                     yield coming.result()
                 coming = following

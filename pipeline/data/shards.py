@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections import OrderedDict
@@ -82,17 +83,25 @@ class ShardReader:
 
 
 def _read_index(manifest: Manifest, shard: ShardRecord) -> np.ndarray:
-    """The shard's records. Errors: ValueError, FileNotFoundError where a file is not what the manifest says."""
+    """The records of a shard whose tar is there. Errors: as index_records."""
     tar = manifest.folder / shard.name
     mend = f"run `python -m data_prep verify {manifest.path}`"
     if not tar.is_file():
         raise FileNotFoundError(f"{tar} is missing, but {manifest.path} names it: {mend}")
     if (size := tar.stat().st_size) != shard.bytes:
         raise ValueError(f"{tar} has {size} bytes, {manifest.path} says {shard.bytes}: {mend}")
+    return index_records(manifest, shard)
+
+
+def index_records(manifest: Manifest, shard: ShardRecord) -> np.ndarray:
+    """The shard's records. Errors: ValueError, FileNotFoundError where the index is not what the manifest says."""
+    mend = f"run `python -m data_prep verify {manifest.path}`"
     path: Path = manifest.folder / shard.index_name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {mend}")
     data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise ValueError(f"{path} is not the index that {manifest.path} tells of: {mend}")
     count, crc_known = check_index(data, path)
     if count != shard.samples:
         raise ValueError(f"{path} has {count} samples, {manifest.path} says {shard.samples}: {mend}")

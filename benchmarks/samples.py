@@ -1,0 +1,83 @@
+"""The 250 ImageNet pictures that NOISYNN_SAMPLES points at -> temporary shards, for benchmarks without a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.manifest import manifest_path
+
+VARIABLE, ARCHIVE = "NOISYNN_SAMPLES", "imagenet-sample.tar"
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Source(NamedTuple):
+    """A manifest to read, and what its pictures are, for the result."""
+
+    manifest: Path
+    pictures: str
+
+
+@contextlib.contextmanager
+def sharded_samples(images: int, shards: int, processes: int) -> Iterator[Source]:
+    """Shards the archive's pictures, each repeated until there are `images`, and writes their .beton.
+
+    Everything lies in a temporary folder, which goes afterwards.
+    Errors: ValueError where there is no archive, or where sharding fails.
+    """
+    archive = Path(os.environ.get(VARIABLE) or "no-folder") / ARCHIVE
+    if not archive.is_file():
+        raise ValueError(
+            f"no pictures to read: give --manifest YOUR.manifest.json (of `python -m data_prep shard`), or set "
+            f"{VARIABLE} to a folder with {ARCHIVE}"
+        )
+    with tempfile.TemporaryDirectory(prefix="noisynn-benchmark-") as name:
+        folder = Path(name)
+        count, repeats = _unpack(archive, folder / "source", images)
+        out = folder / "shards"
+        per_shard = -(-count * repeats // shards)
+        options = ("--samples-per-shard", str(per_shard), "--processes", str(processes))
+        _data_prep("shard", "--source", str(folder / "source"), "--out", str(out), *options)
+        manifest = manifest_path(out, "train")
+        try:
+            _data_prep("beton", str(manifest), "--processes", str(processes))
+        except ValueError as error:
+            print(f"the .beton reader is not measured: {error}", file=sys.stderr)
+        text = f"{ARCHIVE}: {count} real pictures, each {repeats} times"
+        print(text)
+        yield Source(manifest, text)
+
+
+def _unpack(archive: Path, target: Path, images: int) -> tuple[int, int]:
+    """Pictures by class folder; returns (how many differ, how often each is there). Repeats are hard links."""
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(target.with_name("unpacked"), filter="data")
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive} cannot be unpacked: {error}; fetch it again, or give --manifest") from error
+    pictures = sorted(path for path in target.with_name("unpacked").rglob("*") if path.is_file())
+    if not pictures:
+        raise ValueError(f"{archive} holds no pictures: fetch it again, or give --manifest")
+    repeats = -(-images // len(pictures))
+    for path in pictures:
+        folder = target / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(repeats):
+            os.link(path, folder / f"{path.stem}-{i}{path.suffix}")
+    return len(pictures), repeats
+
+
+def _data_prep(*words: str) -> None:
+    """Runs the command as a user does: benchmarks read data_prep's files, and import nothing but its manifest."""
+    command = (sys.executable, "-m", "data_prep", *words)
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise ValueError(f"`python -m data_prep {words[0]}` failed: {reason[0].removeprefix('error: ')}")
