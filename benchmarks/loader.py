@@ -207,8 +207,13 @@ def _epochs(entrants: dict[str, Entrant]) -> Iterator[list[Contestant]]:
         ]
     finally:
         for loader in loaders.values():
-            if isinstance(loader, TrainLoader):  # the webdataset library's workers end with the last reference
-                loader.close()
+            _end_workers(loader)
+
+
+def _end_workers(loader: Any) -> None:
+    """The webdataset library's end with the last reference to it."""
+    if isinstance(loader, TrainLoader):
+        loader.close()
 
 
 def _count(loader: Batches) -> int:
