@@ -50,8 +50,8 @@ def adapted(line: str, root: Path) -> list[str]:
     )
     words = [str(root / word) if word.startswith(("runs/", "exported/")) else word for word in shlex.split(line)]
     if words[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *SMALL]
-        return [word if word != "8" else "2" for word in words]
+        words = [word if word != "8" else "2" for word in words[1:]]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, *SMALL]
     assert words[0] == "python", f"the README has a command that this test does not know: {line}"
     words[0] = sys.executable
     if words[2:4] == ["pipeline", "train"]:
