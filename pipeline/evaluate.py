@@ -183,7 +183,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
     """Per image first, then the noise in each order. Under torchrun each rank takes its share, and rank 0 writes."""
     checkpoint = open_checkpoint(config.checkpoint)
     data = replace(checkpoint.data, format=config.format)
-    reader = open_split(config.data, data, checkpoint.augment, checkpoint.seed)
+    augment = replace(checkpoint.augment, randaugment=None)  # training's, and a .beton would be refused with it
+    reader = open_split(config.data, data, augment, checkpoint.seed)
     if reader.classes != checkpoint.classes:
         raise ValueError(
             f"{config.data} has {len(reader.classes)} classes {reader.classes[:3]}..., the checkpoint was trained on "

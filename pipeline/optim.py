@@ -33,9 +33,9 @@ class OptimConfig:
             raise ValueError(f"optim.lr is {self.lr}: it must be above 0")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.min_lr is {self.min_lr}: from 0 to optim.lr ({self.lr})")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"optim.weight_decay is {self.weight_decay}: at least 0")
-        if self.warmup_epochs < 0:
+        if not self.warmup_epochs >= 0:
             raise ValueError(f"optim.warmup_epochs is {self.warmup_epochs}: at least 0")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"optim.clip_grad_norm is {self.clip_grad_norm}: above 0, or None for no clipping")

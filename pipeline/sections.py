@@ -35,10 +35,17 @@ def from_json(cls: type[T], body: dict[str, Any], where: str) -> T:
     return cls(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in body.items()})
 
 
+def _choices(option: Any) -> tuple[Any, ...]:
+    return typing.get_args(option) if typing.get_origin(option) is typing.Literal else ()
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     if value is None:
         return None
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    literals = [choice for option in options for choice in _choices(option)]
+    if literals and value not in literals:
+        raise ValueError(f"{where} is {value!r}: use one of {', '.join(map(str, literals))}")
     for option in options:
         if dataclasses.is_dataclass(option):
             return from_json(typing.cast(type, option), value, where)

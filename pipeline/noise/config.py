@@ -80,5 +80,7 @@ class NoiseConfig:
             return "none"
         strength = "" if self.strength is None else f" {self.strength:g}"
         group = f", k = {self.group_size or 'micro-batch'}" if self.mixes_samples else ""
-        tokens = "prefix tokens spared" if self.spare_prefix_tokens else "all tokens"
-        return f"{self.kind}{strength} at {self.site} ({tokens}{group}, during {self.during})"
+        tokens = ", prefix tokens spared" if self.spare_prefix_tokens else ", all tokens"
+        if self.site == IMAGE_SITE:
+            tokens = ""
+        return f"{self.kind}{strength} at {self.site} (during {self.during}{tokens}{group})"

@@ -36,7 +36,7 @@ class NoiseInjector:
         if config.kind == "none":
             return
         shape = check_site(model, config.site, image_size)
-        if config.spare_prefix_tokens:
+        if config.spare_prefix_tokens and config.site != IMAGE_SITE:
             self.first_token = prefix_tokens(model, config.site, shape)
         module = model if config.site == IMAGE_SITE else model.get_submodule(config.site)
         self._handle = module.register_forward_pre_hook(self._hook)
@@ -132,6 +132,7 @@ def _input_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...
         return hook
 
     for name, module in probe.named_modules():
+        module._forward_pre_hooks.clear()  # another injector's: its sample ids are not the probe's
         module.register_forward_pre_hook(record(name))
     with torch.no_grad():
         probe(torch.empty(_PROBE_BATCH, 3, image_size, image_size, device="meta"))

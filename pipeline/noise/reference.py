@@ -152,14 +152,18 @@ def optimal_q(x: Tensor, group_size: int | None = None, first_token: int = 0, de
 
 
 def _linear(x: Tensor, term, group_size: int | None, first_token: int, detach: bool) -> Tensor:
-    """x + Qx group by group. A last group that is smaller uses its own k; a group of one is returned to the bit."""
+    """x + Qx group by group. A last group that is smaller uses its own k; a group of one is returned to the bit.
+
+    Computed in float32 at least: in float16 the sum over 50 samples of 1,400 would already be infinite.
+    """
     mixed = []
     for group in x.split(_running(group_size, len(x))):
         if len(group) == 1:
             mixed.append(group)
             continue
-        q_x = term(group)
-        mixed.append(group + (q_x.detach() if detach else q_x))
+        wide = group.to(torch.promote_types(x.dtype, torch.float32))
+        q_x = term(wide)
+        mixed.append((wide + (q_x.detach() if detach else q_x)).to(x.dtype))
     return _spare(x, torch.cat(mixed), first_token)
 
 

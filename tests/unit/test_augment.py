@@ -1,0 +1,360 @@
+"""Augmentation: boxes that follow torchvision's rule, keyed by (seed, epoch, sample id) alone; timm's evaluation."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from pipeline.data.augment import (
+    AugmentConfig,
+    Crop,
+    apply_randaugment,
+    apply_training,
+    center_crop,
+    evaluation_transform,
+    mixup,
+    training_crops,
+)
+
+PROPERTY = settings(max_examples=200, deadline=None)
+SIDES = st.one_of(st.integers(1, 12), st.integers(1, 10_000))
+TRIALS = 4000
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.RandomState(seed).randint(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def crops(width: int, height: int, config: AugmentConfig, seed: int = 0, epoch: int = 0, n: int = TRIALS) -> list[Crop]:
+    return training_crops([(width, height)] * n, np.arange(n), seed, epoch, config)
+
+
+# Boxes
+
+
+@PROPERTY
+@given(
+    SIDES,
+    SIDES,
+    st.floats(0.001, 1),
+    st.floats(0.001, 1),
+    st.floats(0.05, 20),
+    st.floats(1, 20),
+    st.integers(0, 2**40),
+    st.integers(0, 9),
+)
+@example(1, 1, 0.08, 1.0, 3 / 4, 16 / 9, 0, 0)
+@example(1, 10_000, 0.08, 1.0, 3 / 4, 16 / 9, 0, 0)
+@example(10_000, 1, 0.08, 1.0, 3 / 4, 16 / 9, 0, 0)
+@example(100, 1, 0.08, 1.0, 0.05, 2.0, 0, 0)  # only ratios far below 0.5: the width rounds to 0
+def test_boxes_lie_inside_the_picture(width, height, one, other, low_ratio, spread, sample_id, epoch):
+    config = AugmentConfig(scale=(min(one, other), max(one, other)), ratio=(low_ratio, low_ratio * spread))
+    (crop,) = training_crops([(width, height)], np.array([sample_id]), 0, epoch, config)
+    check_inside(crop, width, height)
+    check_inside(center_crop(width, height, 224, config), width, height)
+
+
+def check_inside(crop: Crop, width: int, height: int) -> None:
+    assert crop.width >= 1 and crop.height >= 1
+    assert crop.left >= 0 and crop.left + crop.width <= width
+    assert crop.top >= 0 and crop.top + crop.height <= height
+
+
+def torchvision_boxes(width: int, height: int, config: AugmentConfig) -> list[tuple[int, int, int, int]]:
+    """(left, top, width, height) of torchvision's own draws."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image = Image.new("RGB", (width, height))
+        draws = [RandomResizedCrop.get_params(image, list(config.scale), list(config.ratio)) for _ in range(TRIALS)]
+    return [(left, top, w, h) for top, left, h, w in draws]
+
+
+def measures(boxes: list[tuple[int, ...]], width: int, height: int) -> dict[str, np.ndarray]:
+    left, top, w, h = np.array([box[:4] for box in boxes]).T
+    # A box as wide as the picture has no place to choose.
+    free_x, free_y = width - w > 20, height - h > 20
+    return {
+        "area": w * h / (width * height),
+        "log ratio": np.log(w / h),
+        "left": (left / np.maximum(width - w, 1))[free_x],
+        "top": (top / np.maximum(height - h, 1))[free_y],
+    }
+
+
+# The last picture is so long that most draws find no box in ten attempts and take the largest central one.
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (900, 120)])
+def test_boxes_are_distributed_as_torchvision_s(width, height):
+    config = AugmentConfig()
+    theirs = measures(torchvision_boxes(width, height, config), width, height)
+    ours = measures(crops(width, height, config), width, height)
+    for name in theirs:
+        if min(len(ours[name]), len(theirs[name])) > 100:
+            assert stats.ks_2samp(ours[name], theirs[name]).pvalue > 1e-3, name  # fixed draws: no chance at run time
+
+
+def test_the_comparison_with_torchvision_can_fail():
+    theirs = measures(torchvision_boxes(500, 375, AugmentConfig()), 500, 375)
+    others = {"area": {"scale": (0.12, 1.0)}, "log ratio": {"ratio": (0.7, 4 / 3)}}
+    for name, changed in others.items():
+        ours = measures(crops(500, 375, AugmentConfig(**changed)), 500, 375)
+        assert stats.ks_2samp(ours[name], theirs[name]).pvalue < 1e-6, name
+
+
+def test_places_reach_both_edges():
+    config = AugmentConfig(scale=(0.5, 0.5), ratio=(1.0, 1.0))
+    boxes = crops(24, 24, config)  # 17 x 17: 8 places each way
+    for places in ([b.left for b in boxes], [b.top for b in boxes]):
+        counts = np.bincount(places, minlength=8)
+        assert len(counts) == 8
+        # Each place has a chance of 1/8: 500 of 4,000, with a standard error of 21.
+        assert np.abs(counts - 500).max() < 5 * 21
+
+
+@pytest.mark.parametrize(("size", "box"), [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13))])
+def test_the_fallback_is_the_largest_central_box(size, box):
+    """torchvision's: 10 x 4/3 = 13.3 -> 13 pixels, in the middle."""
+    config = AugmentConfig(scale=(1.0, 1.0))  # the whole area never fits an allowed ratio
+    assert all(crop[:4] == box for crop in crops(*size, config, n=20))
+
+
+def test_boxes_are_keyed_by_sample_id_alone():
+    config = AugmentConfig()
+    rng = np.random.RandomState(0)
+    ids = np.array([5, 2, 99, 1 << 35, 0, 7])
+    sizes = [(int(w), int(h)) for w, h in rng.randint(30, 600, (6, 2))]
+    whole = training_crops(sizes, ids, 3, 4, config)
+    order = rng.permutation(6)
+    assert training_crops([sizes[i] for i in order], ids[order], 3, 4, config) == [whole[i] for i in order]
+    for i in range(6):
+        assert training_crops(sizes[i : i + 1], ids[i : i + 1], 3, 4, config) == whole[i : i + 1]
+
+
+def test_boxes_differ_by_sample_epoch_and_seed():
+    config = AugmentConfig()
+    base = crops(500, 375, config, n=50)
+    assert len(set(base)) == 50
+    for other in (crops(500, 375, config, seed=1, n=50), crops(500, 375, config, epoch=1, n=50)):
+        assert not set(base) & set(other)
+
+
+# Never edit these: every reader, and a run resumed by a later version, must draw the same boxes.
+def test_boxes_golden_values():
+    found = training_crops([(500, 375)] * 4, np.array([0, 1, 1281166, 1 << 32]), 7, 3, AugmentConfig())
+    assert [tuple(crop) for crop in found] == [
+        (210, 98, 270, 215, True),
+        (77, 102, 341, 268, False),
+        (73, 30, 379, 324, False),
+        (107, 44, 217, 224, False),
+    ]
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
+def test_flips(probability):
+    flips = np.array([crop.flip for crop in crops(64, 64, AugmentConfig(flip=probability))])
+    error = math.sqrt(probability * (1 - probability) / TRIALS)
+    assert abs(flips.mean() - probability) <= 5 * error  # 0 and 1 exactly
+
+
+def test_flips_have_nothing_to_do_with_the_box():
+    found = crops(500, 375, AugmentConfig())
+    lefts = {flip: [c.left for c in found if c.flip == flip] for flip in (True, False)}
+    assert stats.ks_2samp(lefts[True], lefts[False]).pvalue > 1e-3
+
+
+# Pixels
+
+
+def test_a_box_of_the_output_s_size_is_cut_out_to_the_bit():
+    image = picture(60, 50)
+    pixels = np.asarray(image)[9 : 9 + 32, 5 : 5 + 32]
+    for interpolation in ("bilinear", "bicubic"):
+        config = AugmentConfig(interpolation=interpolation)
+        assert np.array_equal(apply_training(image, Crop(5, 9, 32, 32, False), 32, config), pixels)
+        assert np.array_equal(apply_training(image, Crop(5, 9, 32, 32, True), 32, config), pixels[:, ::-1])
+
+
+def test_resizing_is_pillow_s_with_antialiasing():
+    image = picture(300, 200)
+    for name, resampling in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
+        found = apply_training(image, Crop(0, 0, 300, 200, False), 24, AugmentConfig(interpolation=name))
+        assert np.array_equal(found, image.resize((24, 24), resampling))
+
+
+RANDAUGMENT = AugmentConfig(randaugment="rand-m9-mstd0.5-inc1")
+
+
+def test_randaugment_is_reproducible_and_differs_by_key():
+    image = picture(32, 32)
+    first = [np.asarray(apply_randaugment(image, i, 0, 0, RANDAUGMENT)) for i in range(12)]
+    random.seed(99)
+    np.random.seed(99)
+    for i in reversed(range(12)):
+        assert np.array_equal(apply_randaugment(image, i, 0, 0, RANDAUGMENT), first[i])
+    assert len({pixels.tobytes() for pixels in first}) > 8  # some draw the identity
+    for seed, epoch in ((1, 0), (0, 1)):
+        other = [np.asarray(apply_randaugment(image, i, seed, epoch, RANDAUGMENT)) for i in range(12)]
+        assert sum(not np.array_equal(a, b) for a, b in zip(first, other, strict=True)) > 8
+
+
+def test_randaugment_leaves_the_global_generators_as_they_were():
+    def states() -> tuple:
+        return random.getstate(), [np.array(part) for part in np.random.get_state()], torch.get_rng_state().tolist()
+
+    before = states()
+    apply_randaugment(picture(32, 32), 5, 0, 0, RANDAUGMENT)
+    after = states()
+    assert before[0] == after[0] and before[2] == after[2]
+    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    with pytest.raises(AttributeError):
+        apply_randaugment(None, 5, 0, 0, RANDAUGMENT)
+    assert random.getstate() == before[0]
+
+
+def test_no_randaugment_is_the_same_picture():
+    image = picture(32, 32)
+    assert apply_randaugment(image, 5, 0, 0, AugmentConfig()) is image
+
+
+@pytest.mark.parametrize("size", [(80, 60), (60, 81), (32, 32), (20, 200)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"interpolation": "bilinear", "eval_crop_share": 0.875},
+        {"eval_crop": "squash"},
+        {"eval_crop_share": 1.0},
+    ],
+    ids=str,
+)
+def test_evaluation_is_timm_s_own(options, size):
+    """timm's evaluation transform with its normalising undone gives the same pixels, to the bit."""
+    config, image = AugmentConfig(**options), picture(*size)
+    ours = np.asarray(evaluation_transform(config, 32)(image))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    squash = config.eval_crop == "squash"
+    theirs = timm.data.create_transform(
+        input_size=(3, 32, 32),
+        interpolation=config.interpolation,
+        mean=mean,
+        std=std,
+        crop_pct=1.0 if squash else config.eval_crop_share,
+        crop_mode=config.eval_crop,
+    )(image)
+    undone = (theirs * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]) * 255
+    assert ours.dtype == np.uint8 and ours.shape == (3, 32, 32)
+    assert np.array_equal(ours, undone.round().byte().numpy())
+
+
+def test_squash_shows_the_whole_picture():
+    image = picture(80, 40)
+    found = np.asarray(evaluation_transform(AugmentConfig(eval_crop="squash"), 32)(image)).transpose(1, 2, 0)
+    assert np.array_equal(found, image.resize((32, 32), Image.Resampling.BICUBIC))
+    assert center_crop(80, 40, 32, AugmentConfig(eval_crop="squash")) == Crop(0, 0, 80, 40, False)
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 400), (300, 420), (256, 256)])
+@pytest.mark.parametrize(("size", "share"), [(224, 0.875), (224, 0.9), (64, 0.9), (32, 0.9), (32, 1.0)])
+def test_center_crop_is_the_part_that_timm_shows(size, share, width, height):
+    """On a picture whose red is the column and whose green is the row, 255 being the whole side."""
+    config = AugmentConfig(eval_crop_share=share, interpolation="bilinear")
+    columns, rows = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    ramp = np.stack((columns, rows, 0 * rows), axis=-1)
+    shown = np.asarray(evaluation_transform(config, size)(Image.fromarray((255 * ramp).round().astype(np.uint8))))
+    crop = center_crop(width, height, size, config)
+    middle = (crop.left + crop.width / 2) / width, (crop.top + crop.height / 2) / height
+    ends = [(shown[i].max() - shown[i].min()) / 255 * size / (size - 1) for i in (0, 1)]
+    for i, side in enumerate((width, height)):
+        # The box is in whole pixels: half of one off at most in place, one in size; a level is 1/255.
+        assert abs(shown[i].mean() / 255 - middle[i]) < 0.6 / side + 0.5 / 255
+        assert abs(ends[i] - (crop.width, crop.height)[i] / side) < 1 / side + 2 / 255
+
+
+# Mixup
+
+
+def mixup_inputs(n: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, 3, 4, 4, generator=generator)
+    targets = torch.nn.functional.one_hot(torch.randint(0, 5, (n,), generator=generator), 5).float()
+    return images, targets, torch.randperm(1000, generator=generator)[:n]
+
+
+def coefficients(ids: torch.Tensor, seed: int = 1, epoch: int = 2, alpha: float = 0.4) -> torch.Tensor:
+    """Each sample's own weight, read from a mix of the unit vectors. (B,)"""
+    n = len(ids)
+    mixed, _ = mixup(torch.eye(n).view(n, n, 1, 1), torch.eye(n), ids, seed, epoch, alpha)
+    return mixed.view(n, n).diagonal()
+
+
+def test_mixup_mixes_neighbouring_pairs_with_one_coefficient():
+    images, targets, ids = mixup_inputs()
+    weights = coefficients(ids)
+    mixed, mixed_targets = mixup(images, targets, ids, 1, 2, 0.4)
+    for i in range(8):
+        partner, w = i + 1 if i % 2 == 0 else i - 1, weights[i].item()
+        assert w == weights[partner].item() and 0 <= w <= 1
+        # Two float32 products and a sum of numbers of order 1.
+        torch.testing.assert_close(mixed[i], w * images[i] + (1 - w) * images[partner], rtol=0, atol=1e-6)
+        torch.testing.assert_close(mixed_targets[i], w * targets[i] + (1 - w) * targets[partner], rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixed_targets.sum(1), torch.ones(8), rtol=0, atol=1e-6)
+    assert len(set(weights.tolist())) == 4
+
+
+def test_mixup_is_keyed_by_the_pair_s_first_sample():
+    ids = mixup_inputs()[2]
+    weights = coefficients(ids)
+    assert torch.equal(coefficients(ids.view(4, 2).flip(0).flatten()), weights.view(4, 2).flip(0).flatten())
+    other_partners = ids.clone()
+    other_partners[1::2] += 5000
+    assert torch.equal(coefficients(other_partners), weights)
+    for changed in (coefficients(ids + 5000), coefficients(ids, seed=2), coefficients(ids, epoch=3)):
+        assert not (changed == weights).any()
+
+
+def test_mixup_split_over_ranks_is_the_whole():
+    images, targets, ids = mixup_inputs()
+    whole = mixup(images, targets, ids, 1, 2, 0.4)
+    for parts in (2, 4):
+        pieces = [
+            mixup(*part, 1, 2, 0.4)
+            for part in zip(images.chunk(parts), targets.chunk(parts), ids.chunk(parts), strict=True)
+        ]
+        for i in range(2):
+            assert torch.equal(torch.cat([piece[i] for piece in pieces]), whole[i])
+
+
+def test_mixup_coefficients_follow_the_beta_distribution():
+    weights = coefficients(torch.arange(2000), alpha=0.4)[::2].numpy()
+    assert stats.kstest(weights, stats.beta(0.4, 0.4).cdf).pvalue > 1e-3
+    assert stats.kstest(weights, stats.beta(0.7, 0.7).cdf).pvalue < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"scale": (0.0, 1.0)}, "augment.scale"),
+        ({"scale": (0.5, 0.4)}, "augment.scale"),
+        ({"scale": (0.5, 1.1)}, "augment.scale"),
+        ({"ratio": (0.0, 1.0)}, "augment.ratio"),
+        ({"ratio": (2.0, 1.0)}, "augment.ratio"),
+        ({"flip": -0.1}, "augment.flip"),
+        ({"flip": 1.1}, "augment.flip"),
+        ({"mixup_alpha": -1.0}, "augment.mixup_alpha"),
+        ({"mixup_alpha": math.nan}, "augment.mixup_alpha"),
+        ({"eval_crop_share": 0.0}, "augment.eval_crop_share"),
+        ({"eval_crop_share": 1.5}, "augment.eval_crop_share"),
+    ],
+    ids=str,
+)
+def test_out_of_range_options_are_refused_by_name(options, name):
+    with pytest.raises(ValueError, match=name):
+        AugmentConfig(**options)
