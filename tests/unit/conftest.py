@@ -1,10 +1,14 @@
 """Splits that more than one test module reads; written once a session, in 0.2 s each."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from small_shards import SIDE, make
+
+# As pipeline/data/beton.py: else the process hangs at its end on one core, since tests fork after ffcv's import.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 
 @pytest.fixture(scope="session")

@@ -120,4 +120,5 @@ def test_describe_says_what_a_reader_must_know():
         assert part in text
     assert NoiseConfig().describe() == "none"
     assert "k = micro-batch" in NoiseConfig(kind="optimal_q", group_size=None).describe()
-    assert "all tokens" in NoiseConfig(kind="optimal_q", spare_prefix_tokens=False).describe()
+    assert "all tokens" in NoiseConfig(kind="optimal_q", site="blocks.0", spare_prefix_tokens=False).describe()
+    assert "tokens" not in NoiseConfig(kind="optimal_q").describe()  # an image has none
