@@ -39,11 +39,14 @@ def test_two_ranks_run_deepspeed_together(two_ranks) -> None:
     assert results["noise"]["kind"] == "gaussian" and results["noise"]["strength"] > 0
 
 
-def test_one_rank_with_accumulation_and_ddp_give_the_same_losses(two_ranks, command, digits, tmp_path) -> None:
+def test_one_rank_with_accumulation_and_ddp_resumed_by_fewer_ranks_give_the_same_losses(two_ranks, command, digits, tmp_path) -> None:
     expected = losses(two_ranks[0])
     assert list(expected) == list(range(1, STEPS + 1))
     train(command, tmp_path / "one", digits, "--parallel.processes", "1", "--micro-batch", "16")
-    train(command, tmp_path / "ddp", digits, "--parallel.engine", "ddp", "--data.workers", "1")
+    ddp = ("--parallel.engine", "ddp", "--data.workers", "1")
+    train(command, tmp_path / "ddp", digits, *ddp, "--micro-batch", "16", "--stop-after-steps", "3")
+    results = train(command, tmp_path / "ddp", digits, *ddp, "--parallel.processes", "1", "--resume")
+    assert (results["first_step"], results["world_size"]) == (3, 1)
     for other in ("one", "ddp"):
         assert losses(tmp_path / other) == pytest.approx(expected, abs=LAYOUT_TOLERANCE), other
 
