@@ -7,6 +7,7 @@ seconds in each process, and blocks when its thread fails. Native calls here run
 
 from __future__ import annotations
 
+import os
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,9 @@ def _open(manifest: Manifest):
 
 
 def _import_ffcv():
+    # ffcv starts numba's threads when imported. Those of TBB, numba's first choice, make a process that forks later
+    # (the DataLoader's workers) hang at its exit where there is one core alone. No numba code runs here.
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
     try:
         from ffcv import libffcv, reader
     except ImportError as error:

@@ -21,7 +21,7 @@ from pipeline.noise.config import NoiseConfig
 from pipeline.parallel import ParallelConfig
 from pipeline.recipes import all_recipes
 from pipeline.report import ReportConfig, write_report
-from pipeline.reproduce import evaluate_command, train_command
+from pipeline.report.reproduce import evaluate_command, train_command
 from pipeline.sections import to_json
 
 STEPS_PER_EPOCH = 5

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.findings import Findings, Run, percent
-from pipeline.plots import DARK, LIGHT, Curve, Point, accuracies_svg, training_svg
-from pipeline.reproduce import evaluate_command, shown_path, train_command
+from pipeline.report.findings import Findings, Run, percent
+from pipeline.report.plots import DARK, LIGHT, Curve, Point, accuracies_svg, training_svg
+from pipeline.report.reproduce import evaluate_command, shown_path, train_command
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _GRID_TAG = "input/step_0"

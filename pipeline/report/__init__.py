@@ -18,9 +18,9 @@ from rich.table import Table
 
 from data_prep.manifest import atomic_file
 from pipeline.checkpoint import write_json
-from pipeline.findings import GROUP_SIZE, Findings, read_findings
-from pipeline.page import render
-from pipeline.reproduce import shown_path
+from pipeline.report.findings import GROUP_SIZE, Findings, read_findings
+from pipeline.report.page import render
+from pipeline.report.reproduce import shown_path
 
 
 @dataclass(frozen=True)
