@@ -142,9 +142,13 @@ def test_killed_at_any_call_the_latest_is_whole(tmp_path, monkeypatch, keep, aga
     assert dies_at > 4  # it was cut off at several places
 
 
-def test_removing_an_old_generation_is_never_seen_half_done(tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", [False, True], ids=["an older one", "the same step again"])
+def test_removing_a_generation_is_never_seen_half_done(tmp_path, monkeypatch, again):
     """Killed in the middle of deleting its files."""
     publish(tmp_path, 1)
+    if again:
+        publish(tmp_path, 2)
+        (tmp_path / "checkpoints" / "latest").write_text("step-00000001\n")
 
     def dies_halfway(folder, ignore_errors=False):
         if ignore_errors:
@@ -158,7 +162,7 @@ def test_removing_an_old_generation_is_never_seen_half_done(tmp_path, monkeypatc
     monkeypatch.undo()
     for found in (tmp_path / "checkpoints").glob("step-*"):
         verify_generation(found)
-    check_whole(tmp_path, 2)
+    check_whole(tmp_path, 1 if again else 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"step-00000099\n", b"../other\n", b"/\n", b"\xff\xfe\n", b"."])
