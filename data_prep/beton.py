@@ -98,6 +98,8 @@ class _Chunk:
 
 def load_ffcv() -> Any:
     """Imports ffcv (seconds: it brings torch and numba). Errors: ValueError with the mend."""
+    # ffcv starts numba's threads, and a process forked after TBB's never exits on one core.
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
     try:
         import ffcv.fields
         import ffcv.libffcv

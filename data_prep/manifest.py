@@ -249,8 +249,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def publish(temporary: Path, path: Path) -> None:
     """Renames a finished, fsynced file to its final name and makes the rename itself durable."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the folder's own entries durable: new names and renames."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

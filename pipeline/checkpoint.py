@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import atomic_file, publish
+from data_prep.manifest import atomic_file, publish, sync_folder
 
 SUMS_NAME = "SHA256SUMS"
 POINTER_NAME = "latest"
@@ -83,6 +83,8 @@ def _seal(folder: Path) -> None:
         with open(path, "rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder)}\n")
             os.fsync(file.fileno())
+    for subfolder in (path for path in folder.rglob("*") if path.is_dir()):
+        sync_folder(subfolder)
     with atomic_file(folder / SUMS_NAME) as file:
         file.write("".join(lines).encode())
 

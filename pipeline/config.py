@@ -45,6 +45,8 @@ class TrainConfig:
         for name in ("epochs", "global_batch", "micro_batch", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: from 0 to 2^32 - 1, half of the key of every draw")
         if self.stop_after_steps is not None and self.stop_after_steps < 1:
             raise ValueError(f"stop_after_steps is {self.stop_after_steps}: at least 1, or None")
         if not 0 <= self.label_smoothing < 1:

@@ -171,7 +171,8 @@ def save(run: Training) -> None:
         save_file(_portable(run.model.state_dict()), folder / WEIGHTS_NAME)
         resolved = to_json(run.config) | {"classes": list(run.classes), "step": run.step}
         ckpt.write_json(folder / ckpt.CONFIG_NAME, resolved)
-        engine = {"engine": run.config.parallel.engine, "world_size": run.layout.world_size}
+        layout = {"world_size": run.layout.world_size, "micro_batch": run.layout.micro_batch}
+        engine = {"engine": run.config.parallel.engine} | layout
         progress = engine | {"step": run.step, "loader": run.loader.state_dict()}
         ckpt.write_json(folder / ckpt.PROGRESS_NAME, progress)
     run.accelerator.wait_for_everyone()
@@ -263,6 +264,12 @@ def resumable_progress(generation: Path, config: TrainConfig, loader: TrainLoade
             f"cannot resume: {generation} holds DeepSpeed's state of {world_size} ranks, this run has "
             f"{loader.layout.world_size}: start {world_size}, or a new run with --model.init-from {config.run}"
         )
+    if config.noise.group_size is None and config.noise.mixes_samples and config.noise.active(training=True):
+        layout = {"world_size": loader.layout.world_size, "micro_batch": loader.layout.micro_batch}
+        if (before := {name: progress[name] for name in layout}) != layout:
+            raise ValueError(
+                f"cannot resume: noise.group_size None mixes the micro-batch, and {before} became {layout}"
+            )
     loader.load_state_dict(progress["loader"])
     return progress
 

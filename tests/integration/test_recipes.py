@@ -14,7 +14,6 @@ from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.parallel import Ranks
 from pipeline.recipes import all_recipes, load_recipe, recipe_names
 
-
 LONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
