@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import secrets
+import shutil
 import struct
 import typing
 import zlib
@@ -105,6 +108,13 @@ class Manifest:
     @property
     def path(self) -> Path:
         return manifest_path(self.folder, self.split)
+
+    def samples_sha256(self) -> str:
+        """Digest of the samples and their order: a .beton written later, or another folder, does not change it."""
+        digest = hashlib.sha256()
+        for text in (*self.classes, *(shard.sha256 for shard in self.shards)):
+            digest.update(f"{text}\0".encode())
+        return digest.hexdigest()
 
     def to_json(self) -> str:
         body = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, "num_samples": self.num_samples}
@@ -235,6 +245,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         publish(temporary, path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        reason = f"{error.strerror} ({free:,} bytes free): make room and run the same command again"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         require_tool(launch)
         launch.submit(write_launch_file(launch))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         if os.environ.get("NOISYNN_TRACEBACK") == "1":
             raise

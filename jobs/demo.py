@@ -7,6 +7,7 @@ image and by the transductive protocols -> report.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from jobs.launch import require_printable_text
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 EVERY_NTH_TO_VAL = 5
+GLOBAL_BATCH = 64  # of the demo recipe
 LAST_BLOCK = 5  # of the demo recipe's six
 GROUP = 10  # pictures a group, as in the official evaluation
 _OWN = ("pictures", "shards", "pretrain", "finetune", "labels.json", "results.json", "report.html")
@@ -72,6 +73,7 @@ def run_demo(options: DemoOptions) -> int:
 
 
 def _checked_source(data: Path) -> Path:
+    """Looks at one's own pictures before anything is replaced."""
     if not data.is_dir():
         raise ValueError(
             f"--data: {data} is no folder; give one with train/<class>/ and val/<class>/, or with <class>/"
@@ -79,7 +81,23 @@ def _checked_source(data: Path) -> Path:
     splits = {"train", "val"} & {path.name for path in data.iterdir() if path.is_dir()}
     if len(splits) == 1:
         raise ValueError(f"--data: {data} has {splits.pop()}/ alone; give both train/ and val/, or class folders alone")
+    found = _by_class(data / "train" if splits else data)
+    if not found:
+        raise ValueError(f"--data: {data} has no class folders; give <class>/<pictures>")
+    for name, paths in found.items():
+        if len(paths) < 2 and not splits:
+            raise ValueError(f"--data: class {data / name} has {len(paths)} pictures; give at least 2, one is for val")
+    training = sum(len(paths) - (0 if splits else len(paths[1::EVERY_NTH_TO_VAL])) for paths in found.values())
+    if training < GLOBAL_BATCH:
+        raise ValueError(f"--data: {data} has {training} pictures to train on; the demo's batch needs {GLOBAL_BATCH}")
     return data
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """Every file of each class but hidden ones; what is no picture is refused by data_prep, by name."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = {c.name: sorted(p for p in c.rglob("*") if p.is_file() and not p.name.startswith(".")) for c in classes}
+    return files
 
 
 def _clear(out: Path) -> None:
@@ -97,14 +115,11 @@ def _digits(out: Path) -> Path:
 
 
 def _split(source: Path, out: Path) -> Path:
-    """The folder itself where it has both splits; else links to its pictures, each fifth of a class in val."""
+    """The folder itself where it has both splits; else links to its files, each fifth of a class in val."""
     if (source / "train").is_dir():
         return source
-    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-        if len(found) < 2:
-            raise ValueError(f"--data: class {folder} has {len(found)} pictures; give at least 2, one is for val")
-        for number, path in enumerate(found):
+    for paths in _by_class(source).values():
+        for number, path in enumerate(paths):
             split = "val" if number % EVERY_NTH_TO_VAL == 1 else "train"
             link = out / "pictures" / split / path.relative_to(source)
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +176,9 @@ def _manifest(out: Path, split: str) -> Path:
 def _run(package: str, *arguments: str) -> None:
     """Prints and runs `python -m package arguments`; a user can repeat any line by hand."""
     print(f"\n$ python -m {package} {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", package, *arguments], check=False).returncode
+    # The demo is a CPU's job: on a machine with one GPU its two ranks could not start.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    status = subprocess.run([sys.executable, "-m", package, *arguments], env=environment, check=False).returncode
     if status:
         print(f"error: the demo stopped at this command: python -m {package} {shlex.join(arguments)}", file=sys.stderr)
         raise CommandFailed(status if status > 0 else 128 - status)

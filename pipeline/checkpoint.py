@@ -22,7 +22,10 @@ SUMS_NAME = "SHA256SUMS"
 POINTER_NAME = "latest"
 CONFIG_NAME = "config.json"
 PROGRESS_NAME = "progress.json"
+LABEL_MAP_NAME = "label_map.json"
 ENGINE_FOLDER = "engine"
+
+_MEND = ": move the checkpoint's folder away, and the one before it is taken"
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,13 @@ def verify_generation(folder: Path, include: Callable[[str], bool] = lambda name
     listed = dict(line.partition("  ")[::-2] for line in sums.read_text(errors="replace").splitlines())
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SUMS_NAME}
     if unlisted := sorted(name for name in found - listed.keys() if include(name)):
-        raise ValueError(f"{folder / unlisted[0]} is not in {SUMS_NAME}, so it cannot be checked: take an older one")
+        raise ValueError(f"{folder / unlisted[0]} is not in {SUMS_NAME}, so it cannot be checked{_MEND}")
     for name, digest in listed.items():
         if not include(name):
             continue
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing from the checkpoint: take an older one")
+            raise FileNotFoundError(f"{path} is missing{_MEND}")
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise ValueError(f"{path} is damaged (its sha256 is wrong): take an older checkpoint")
+                raise ValueError(f"{path} is damaged (its sha256 is wrong){_MEND}")

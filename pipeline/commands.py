@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pipeline.config import TrainConfig
 from pipeline.evaluate import Accuracy, EvaluateConfig, evaluate, load_model, open_checkpoint
-from pipeline.parallel import launch, quiet_libraries, ranks_from_environment
+from pipeline.parallel import guard_rank, launch, launched_here, quiet_libraries, ranks_from_environment
 from pipeline.recipes import all_recipes
 from pipeline.train import check, run_training
 
@@ -24,6 +24,9 @@ def train_command(arguments: list[str]) -> int:
     quiet_libraries()
     ranks = ranks_from_environment()
     if ranks.launched:
+        guard_rank()
+        if not launched_here():  # torchrun's ranks have not been looked at
+            check(config, ranks.world_size)
         run_training(config, ranks)
         return 0
     check(config, config.parallel.processes)

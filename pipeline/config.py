@@ -26,7 +26,7 @@ class TrainConfig:
     global_batch: int = 1024
     """Samples a step, over all ranks."""
     micro_batch: int = 128
-    """Samples a rank handles at once; the rest of the global batch is accumulated."""
+    """Samples a rank handles at once, at the most: the largest that divides its share; the rest is accumulated."""
     seed: int = 0
     label_smoothing: float = 0.0
     log_every: int = 10
@@ -51,10 +51,6 @@ class TrainConfig:
             raise ValueError(f"stop_after_steps is {self.stop_after_steps}: at least 1, or None")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: from 0 to below 1")
-        if self.noise.active(training=True):
-            self.noise.check_micro_batch(self.micro_batch)
-        if self.augment.mixup_alpha and self.micro_batch % 2:
-            raise ValueError(f"augment.mixup_alpha needs an even micro_batch, not {self.micro_batch}: it mixes pairs")
 
 
 @dataclass(frozen=True)

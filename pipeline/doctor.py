@@ -124,6 +124,8 @@ def _probe(subject: str, code: str, mend: str) -> Finding:
 def _run(subject: str, command: list[str], mend: str) -> Finding:
     """Runs a probe in a process of its own: a crash of native code is a finding, not the end of the doctor."""
     environment = os.environ | {"PYTHONPATH": str(_REQUIREMENTS.parent), "OMP_NUM_THREADS": "1"}
+    if "ranks" in subject:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks need two GPUs, or none
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=_TIMEOUT_SECONDS, check=False
@@ -161,7 +163,8 @@ from ffcv.writer import DatasetWriter
 class Pictures:
     def __len__(self): return 4
     def __getitem__(self, i): return np.full((8, 8, 3), 10 * i, np.uint8), i
-path = str(pathlib.Path(tempfile.mkdtemp()) / "probe.beton")
+folder = tempfile.TemporaryDirectory()
+path = str(pathlib.Path(folder.name) / "probe.beton")
 fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
 DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(Pictures())
 labels = Reader(path).metadata["f1"].reshape(-1).tolist()

@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.checkpoint import CONFIG_NAME, latest_generation, recorded_sha256, verify_generation, write_json
+from pipeline.checkpoint import (
+    CONFIG_NAME,
+    LABEL_MAP_NAME,
+    latest_generation,
+    recorded_sha256,
+    verify_generation,
+    write_json,
+)
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.batch import Reader
 from pipeline.data.loader import DataConfig, EvaluationLoader, open_split
@@ -39,7 +46,7 @@ class EvaluateConfig:
     data: Path
     """The manifest of the split to evaluate."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    """Noise at inference; `during` is taken as eval. None: the per-image result alone."""
+    """Noise at inference, whatever its `during`. Without one, the noise that the checkpoint has during evaluation."""
     orders: tuple[Literal["class", "shuffled"], ...] = ("class", "shuffled")
     """Orders in which the noise protocol is run."""
     shuffle_seed: int = 0
@@ -147,6 +154,7 @@ class Checkpoint:
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig
+    noise: NoiseConfig
     classes: tuple[str, ...]
     seed: int
     step: int
@@ -162,11 +170,14 @@ def open_checkpoint(source: Path) -> Checkpoint:
     verify_generation(folder, lambda name: name == CONFIG_NAME)  # a run folder has a config.json too, but no sums
     path = folder / CONFIG_NAME
     body = json.loads(path.read_text())
+    # The checkpoint's own copy: the file that training read may be gone, or changed.
+    own_map = folder / LABEL_MAP_NAME if (folder / LABEL_MAP_NAME).is_file() else None
     return Checkpoint(
         folder,
         model=from_json(ModelConfig, body["model"], f"{path}: model"),
-        data=from_json(DataConfig, body["data"], f"{path}: data"),
+        data=replace(from_json(DataConfig, body["data"], f"{path}: data"), label_map=own_map),
         augment=from_json(AugmentConfig, body["augment"], f"{path}: augment"),
+        noise=from_json(NoiseConfig, body["noise"], f"{path}: noise"),
         classes=tuple(body["classes"]),
         seed=body["seed"],
         step=body["step"],
@@ -182,7 +193,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
     """Per image first, then the noise in each order. Under torchrun each rank takes its share, and rank 0 writes."""
     checkpoint = open_checkpoint(config.checkpoint)
-    data = replace(checkpoint.data, format=config.format)
+    data = replace(checkpoint.data, format=config.format, workers=config.workers)
     augment = replace(checkpoint.augment, randaugment=None)  # training's, and a .beton would be refused with it
     reader = open_split(config.data, data, augment, checkpoint.seed)
     if reader.classes != checkpoint.classes:
@@ -191,7 +202,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
             f"{len(checkpoint.classes)} {checkpoint.classes[:3]}...: evaluate the data it was trained for"
         )
     model = load_model(checkpoint)
-    noise = replace(config.noise, during="eval")
+    own = checkpoint.noise if checkpoint.noise.active(training=False) else NoiseConfig()
+    noise = replace(own if config.noise.kind == "none" else config.noise, during="eval")
     injector = NoiseInjector(model, noise, data.image_size, checkpoint.seed)
     model.to(join_ranks(ranks))
     evaluator = Evaluator(model, injector, reader, config.batch, config.workers)

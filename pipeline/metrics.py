@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from data_prep.manifest import atomic_file
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -27,7 +30,8 @@ class RunLog:
         self._path = run / METRICS_NAME
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= done_steps]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            with atomic_file(self._path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  (closed in close)
         self._writer = SummaryWriter(str(run), purge_step=done_steps + 1 if done_steps else None)
 
@@ -37,15 +41,13 @@ class RunLog:
         self._file.write(json.dumps({"step": step} | values) + "\n")
 
     def pictures(self, tag: str, step: int, images: Tensor) -> None:
-        """images: uint8 (B, H, W, 3), drawn as a near-square grid."""
-        columns = max(1, round(len(images) ** 0.5))
-        rows = len(images) // columns
-        grid = images[: rows * columns].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
+        """images: uint8 (B, H, W, 3), drawn as a near-square grid, black where it has more places than pictures."""
+        columns = math.ceil(len(images) ** 0.5)
+        rows = math.ceil(len(images) / columns)
+        images = torch.cat((images, images.new_zeros(rows * columns - len(images), *images.shape[1:])))
+        grid = images.unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
         self._writer.add_image(tag, grid.numpy(), step, dataformats="HWC")
         self._writer.flush()
-
-    def text(self, tag: str, text: str) -> None:
-        self._writer.add_text(tag, text, 0)
 
     def close(self) -> None:
         self._writer.close()

@@ -63,7 +63,7 @@ def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
             drop_path_rate=config.drop_path,
             **options,
         )
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"model.options {options} do not fit {config.name}: {error}") from error
     if config.pretrained and config.new_head:
         cast(Any, model).reset_classifier(num_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ from typing import Any, Literal
 import torch
 
 from pipeline.data.order import Layout
+
+_LAUNCHER = "NOISYNN_LAUNCHER_PID"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ def launch(arguments: list[str], processes: int) -> int:
 
     torchrun itself would turn every failure into status 1 and add a traceback of its own.
     """
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own; what a rank says stays
+    os.environ[_LAUNCHER] = str(os.getpid())
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -85,13 +91,33 @@ def launch(arguments: list[str], processes: int) -> int:
             print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
             return 128 - code
         return code
+    except SignalException as stop:
+        print(f"stopped by {stop.sigval.name}: the same command with --resume goes on", file=sys.stderr)
+        return 128 + stop.sigval
     return 0
+
+
+def launched_here(environment: dict[str, str] | os._Environ = os.environ) -> bool:
+    """Whether `launch` started this rank, after checking the configuration."""
+    return _LAUNCHER in environment
+
+
+def guard_rank() -> None:
+    """A rank leaves Ctrl-C to its launcher, and does not outlive a launcher that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if launched_here():
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != int(os.environ[_LAUNCHER]):
+            raise RuntimeError("the process that started this rank is gone")
 
 
 def join_ranks(ranks: Ranks) -> torch.device:
     """This rank's device; under torchrun joins the process group, over NCCL or, without a GPU, gloo."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
     if ranks.launched and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     return device

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
@@ -23,12 +19,14 @@ from pipeline.data.loader import TrainLoader, open_split
 from pipeline.data.order import Layout, layout_of
 from pipeline.evaluate import Accuracy, Evaluator
 from pipeline.metrics import RunLog, Throughput
-from pipeline.models import WEIGHTS_NAME, Preprocess, create_model
+from pipeline.models import Preprocess, create_model
 from pipeline.noise.inject import NoiseInjector
+from pipeline.noise.reference import Purpose, random_words, stream_of
 from pipeline.optim import create_optimizer, create_schedule
 from pipeline.parallel import Ranks, assert_engine, build_accelerator, check_devices, snapshot_environment
 from pipeline.progress import TrainProgress
 from pipeline.sections import to_json
+from pipeline.state import checked_progress, save_run
 
 _GRID = 16  # pictures shown at step 0
 
@@ -52,6 +50,7 @@ class Training:
     step: int
     log: RunLog | None
     throughput: Throughput
+    shown: bool = False  # whether the first pictures were written
 
     @property
     def ranks(self) -> Ranks:
@@ -65,7 +64,7 @@ class Training:
 
 def train(run: Training) -> Accuracy:
     """The loop. Returns the last validation's per-image accuracy."""
-    accuracy = None
+    config, accuracy = run.config, None
     with TrainProgress(run.last_step, run.step, run.layout.rank == 0) as progress:
         while run.step < run.last_step:
             run.model.train()
@@ -77,7 +76,7 @@ def train(run: Training) -> Accuracy:
                 if not run.accelerator.sync_gradients:
                     continue
                 run.step += 1
-                if run.step % run.config.log_every == 0 or run.step == run.last_step:
+                if run.step % config.log_every == 0 or run.step == run.last_step:
                     loss = log_step(run, losses)
                     progress.show(epoch, loss)
                     losses = []
@@ -86,8 +85,8 @@ def train(run: Training) -> Accuracy:
                     break
             accuracy = validate(run)
             progress.show_accuracy(accuracy.top1)
-            if (epoch + 1) % run.config.checkpoint.every_epochs == 0 or run.step == run.last_step:
-                save(run)
+            if (epoch + 1) % config.checkpoint.every_epochs == 0 or run.step == run.last_step:
+                save_run(config, run.accelerator, run.model, run.loader, run.classes, run.step)
     return accuracy or validate(run)
 
 
@@ -99,10 +98,10 @@ def micro_step(run: Training, batch: Batch, epoch: int) -> Tensor:
     x = run.preprocess(batch.images)
     targets = nn.functional.one_hot(labels, len(run.classes)).float()
     if config.augment.mixup_alpha:
-        x, targets = mixup(x, targets, ids, config.seed, epoch, config.augment.mixup_alpha)
+        x, targets = mixup(x, targets, batch.sample_ids, config.seed, epoch, config.augment.mixup_alpha)
     run.schedule.step_update(run.step)
-    # Drop path and dropout draw from torch's generator: the same after a resume, but not at another number of ranks.
-    torch.manual_seed(hash((config.seed, run.step, run.layout.rank, int(ids[0]))) & 0x7FFFFFFF)
+    # Drop path and dropout draw from torch's generator: the same for any number of ranks at one micro-batch.
+    torch.manual_seed(_dropout_seed(batch.sample_ids[:1], config.seed, epoch))
     run.injector.set_batch(ids, epoch)
     with run.accelerator.accumulate(run.engine), _shown_inputs(run):
         logits = run.engine(x)
@@ -115,17 +114,26 @@ def micro_step(run: Training, batch: Batch, epoch: int) -> Tensor:
     return loss.detach()
 
 
+def _dropout_seed(first_id: Tensor, seed: int, epoch: int) -> int:
+    """63 bits keyed by the micro-batch's first sample, int64 (1,) on the CPU, so that no GPU is waited for."""
+    high, low = random_words(2, first_id, seed, torch.tensor(epoch), stream_of("model", Purpose.MASK))[0].tolist()
+    return (high & 0x7FFFFFFF) << 32 | low
+
+
 @contextlib.contextmanager
 def _shown_inputs(run: Training):
-    """At step 0, writes the pictures as the network really gets them, after augmentation and noise at the image."""
-    if run.step or run.log is None:
+    """Writes the first pictures as the network really gets them, after augmentation and noise at the image."""
+    if run.step or run.log is None or run.shown:
         yield
         return
+    run.shown = True
     seen: list[Tensor] = []
     # Registered after the injector's hook, so it sees that hook's result.
     handle = run.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
     run.log.pictures("input/step_0", 0, run.preprocess.undo(seen[0][:_GRID].float()).cpu())
 
 
@@ -158,37 +166,9 @@ def validate(run: Training) -> Accuracy:
     return accuracy
 
 
-def save(run: Training) -> None:
-    """One generation: engine state by all ranks, then weights, configuration and progress by rank 0."""
-    folder = ckpt.temporary_folder(run.config.run, run.step)
-    main = run.layout.rank == 0
-    if main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.save_state(str(folder / ckpt.ENGINE_FOLDER))
-    if main:
-        save_file(_portable(run.model.state_dict()), folder / WEIGHTS_NAME)
-        resolved = to_json(run.config) | {"classes": list(run.classes), "step": run.step}
-        ckpt.write_json(folder / ckpt.CONFIG_NAME, resolved)
-        layout = {"world_size": run.layout.world_size, "micro_batch": run.layout.micro_batch}
-        engine = {"engine": run.config.parallel.engine} | layout
-        progress = engine | {"step": run.step, "loader": run.loader.state_dict()}
-        ckpt.write_json(folder / ckpt.PROGRESS_NAME, progress)
-    run.accelerator.wait_for_everyone()
-    if main:
-        ckpt.publish_generation(run.config.run, run.step, run.config.checkpoint.keep)
-    run.accelerator.wait_for_everyone()
-
-
-def _portable(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float32 on the CPU, whatever the run's precision and device: safetensors that timm loads anywhere."""
-    return {k: (v.float() if v.is_floating_point() else v).cpu().contiguous() for k, v in weights.items()}
-
-
 def build(config: TrainConfig, ranks: Ranks) -> Training:
     """Opens the data, builds the model, wraps both for this many ranks, and resumes where asked."""
-    layout = layout_of(config.global_batch, config.micro_batch, ranks.rank, ranks.world_size)
+    layout = run_layout(config, ranks)
     accelerator = build_accelerator(config.parallel, layout, config.optim.clip_grad_norm)
     readers = open_data(config)
     model, injector = build_model(config, readers[0])
@@ -219,6 +199,14 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
     )
 
 
+def run_layout(config: TrainConfig, ranks: Ranks) -> Layout:
+    """How the global batch is spread: groups of the noise, and mixup's pairs, never lie across two micro-batches."""
+    noise = config.noise
+    grouped = noise.mixes_samples and noise.active(training=True) and noise.group_size is not None
+    multiple = math.lcm(noise.group_size or 1 if grouped else 1, 2 if config.augment.mixup_alpha else 1)
+    return layout_of(config.global_batch, config.micro_batch, ranks.rank, ranks.world_size, multiple)
+
+
 def open_data(config: TrainConfig) -> tuple[Reader, Reader]:
     """Training and validation split. Errors: ValueError where their classes differ."""
     train_split = open_split(config.data.train, config.data, config.augment, config.seed)
@@ -244,34 +232,9 @@ def resume(config: TrainConfig, accelerator: Any, loader: TrainLoader) -> int:
     generation = ckpt.latest_generation(config.run)
     if generation is None:
         return 0
-    progress = resumable_progress(generation, config, loader)
-    ckpt.verify_generation(generation)
+    progress = checked_progress(generation, config, loader)
     accelerator.load_state(str(generation / ckpt.ENGINE_FOLDER))
     return progress["step"]
-
-
-def resumable_progress(generation: Path, config: TrainConfig, loader: TrainLoader) -> dict[str, Any]:
-    """The generation's progress, its place taken by the loader.
-
-    Errors: ValueError where its engine's state cannot be loaded by this run, or its order would be another.
-    """
-    progress = json.loads((generation / ckpt.PROGRESS_NAME).read_text())
-    engine, world_size = progress["engine"], progress["world_size"]
-    if engine != config.parallel.engine:
-        raise ValueError(f"cannot resume: {generation} was written by --parallel.engine {engine}: keep it")
-    if engine == "deepspeed" and world_size != loader.layout.world_size:
-        raise ValueError(
-            f"cannot resume: {generation} holds DeepSpeed's state of {world_size} ranks, this run has "
-            f"{loader.layout.world_size}: start {world_size}, or a new run with --model.init-from {config.run}"
-        )
-    if config.noise.group_size is None and config.noise.mixes_samples and config.noise.active(training=True):
-        layout = {"world_size": loader.layout.world_size, "micro_batch": loader.layout.micro_batch}
-        if (before := {name: progress[name] for name in layout}) != layout:
-            raise ValueError(
-                f"cannot resume: noise.group_size None mixes the micro-batch, and {before} became {layout}"
-            )
-    loader.load_state_dict(progress["loader"])
-    return progress
 
 
 def check(config: TrainConfig, world_size: int) -> None:
@@ -280,14 +243,17 @@ def check(config: TrainConfig, world_size: int) -> None:
     Errors: ValueError, FileNotFoundError.
     """
     check_devices(world_size)
-    layout = layout_of(config.global_batch, config.micro_batch, 0, world_size)
+    layout = run_layout(config, Ranks(0, world_size, launched=False))
+    if config.run.exists() and not config.run.is_dir():
+        raise ValueError(f"--run {config.run} is a file: name a folder")
     finished = ckpt.latest_generation(config.run)
     if finished is not None and not config.resume:
         raise ValueError(f"{config.run} holds the run of {finished.name}: pass --resume to go on, or another --run")
     reader, _ = open_data(config)
     loader = TrainLoader(reader, layout, config.seed, workers=0)
     if finished is not None:
-        resumable_progress(finished, config, loader)
+        checked_progress(finished, config, loader)
+        ckpt.verify_generation(finished)  # once, here, not by every rank of a machine
     model, _ = build_model(config, reader)
     create_schedule(create_optimizer(model, config.optim), config.optim, config.epochs, loader.steps_per_epoch)
 
@@ -296,8 +262,9 @@ def run_training(config: TrainConfig, ranks: Ranks) -> None:
     """Trains in this rank and writes `results.json`, the mark of a finished run."""
     if ranks.rank == 0:
         config.run.mkdir(parents=True, exist_ok=True)
-        ckpt.write_json(config.run / ckpt.CONFIG_NAME, to_json(replace(config, resume=False)))
     run = build(config, ranks)
+    if ranks.rank == 0:
+        ckpt.write_json(config.run / ckpt.CONFIG_NAME, to_json(replace(config, resume=False)))
     first_step = run.step
     accuracy = train(run)
     if run.log is not None:
@@ -312,6 +279,7 @@ def run_training(config: TrainConfig, ranks: Ranks) -> None:
             "distributed_type": str(state.distributed_type).removeprefix("DistributedType."),
             "engine": type(run.engine).__name__,
             "zero_stage": run.engine.zero_optimization_stage() if config.parallel.engine == "deepspeed" else None,
+            "evaluated_in": config.parallel.precision,
             "noise": to_json(config.noise),
             "noise_description": config.noise.describe(),
             "num_train_images": len(run.loader.reader.labels),

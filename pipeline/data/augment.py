@@ -51,6 +51,14 @@ class AugmentConfig:
             raise ValueError(f"augment.scale is {self.scale}: two shares of the area, 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"augment.ratio is {self.ratio}: two aspect ratios, 0 < low <= high")
+        if self.randaugment is not None:
+            try:
+                _randaugment(self.randaugment, 224)
+            except (AssertionError, ValueError, KeyError, IndexError) as error:
+                raise ValueError(
+                    f"augment.randaugment is {self.randaugment!r}, which timm does not take ({error}): "
+                    "give one like rand-m9-mstd0.5-inc1"
+                ) from error
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augment.flip is {self.flip}: it is a probability from 0 to 1")
         if not 0 <= self.mixup_alpha < math.inf:

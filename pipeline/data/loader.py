@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.manifest import Manifest, read_manifest
@@ -179,7 +180,12 @@ class _Batches:
         self.processes = None
         if workers:
             self.processes = DataLoader(
-                self.items, batch_size=None, sampler=_Live(plan), num_workers=workers, persistent_workers=persistent
+                self.items,
+                batch_size=None,
+                sampler=_Live(plan),
+                num_workers=workers,
+                persistent_workers=persistent,
+                pin_memory=torch.cuda.is_available(),
             )
 
     def __iter__(self) -> Iterator[Batch]:

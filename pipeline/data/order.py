@@ -26,17 +26,31 @@ class Layout:
         return self.micro_batch * self.accumulation * self.world_size
 
 
-def layout_of(global_batch: int, micro_batch: int, rank: int, world_size: int) -> Layout:
-    """Errors: ValueError where micro-batches of this size on so many ranks do not make up the global batch."""
+def layout_of(global_batch: int, micro_batch: int, rank: int, world_size: int, multiple_of: int = 1) -> Layout:
+    """Spreads the global batch: the largest micro-batch up to `micro_batch` that divides a rank's share of it.
+
+    `multiple_of`: what may not be split over two micro-batches.
+    Errors: ValueError where there is none, naming what would do.
+    """
     if micro_batch < 1 or global_batch < 1:
         raise ValueError(f"global_batch {global_batch} and micro_batch {micro_batch} must be at least 1")
-    if global_batch % (micro_batch * world_size):
-        fitting = [m for m in range(1, global_batch // world_size + 1) if global_batch % (m * world_size) == 0]
+    if global_batch % world_size:
+        below = global_batch - global_batch % world_size
+        near = [str(size) for size in (below, below + world_size) if size]
         raise ValueError(
-            f"global_batch {global_batch} is not a multiple of micro_batch {micro_batch} x {world_size} ranks: "
-            + (f"use a micro_batch of {', '.join(map(str, fitting[-5:]))}" if fitting else "use fewer ranks")
+            f"global_batch {global_batch} cannot be shared by {world_size} ranks: use {' or '.join(near)}, "
+            "or another number of ranks"
         )
-    return Layout(rank, world_size, micro_batch, global_batch // (micro_batch * world_size))
+    share = global_batch // world_size
+    divisors = [size for size in range(1, share + 1) if share % size == 0]
+    fitting = [size for size in divisors if size <= micro_batch and size % multiple_of == 0]
+    if not fitting:
+        raise ValueError(
+            f"no micro_batch up to {micro_batch} divides the {share} samples of each rank and is a multiple of "
+            f"{multiple_of} (noise.group_size, and mixup's pairs): a rank's micro-batches can be of "
+            f"{', '.join(map(str, divisors))}"
+        )
+    return Layout(rank, world_size, fitting[-1], share // fitting[-1])
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:

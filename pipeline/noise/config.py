@@ -64,16 +64,9 @@ class NoiseConfig:
     @property
     def mixes_samples(self) -> bool:
         """Whether one sample's result depends on the others of its group (so: transductive when evaluated)."""
-        return self.kind in (*LINEAR_KINDS, "salt_and_pepper") and self.group_size != 1
-
-    def check_micro_batch(self, micro_batch: int) -> None:
-        """Errors: ValueError where a group does not divide the training micro-batch, naming the sizes that do."""
-        if self.mixes_samples and self.group_size is not None and micro_batch % self.group_size:
-            divisors = [k for k in range(1, micro_batch + 1) if micro_batch % k == 0]
-            raise ValueError(
-                f"noise.group_size {self.group_size} does not divide the micro-batch of {micro_batch}: "
-                f"use one of {divisors}"
-            )
+        # At the image salt is white and pepper black; inside the network they are the group's extremes.
+        by_extremes = self.kind == "salt_and_pepper" and self.site != IMAGE_SITE
+        return (self.kind in LINEAR_KINDS or by_extremes) and self.group_size != 1
 
     def describe(self) -> str:
         if self.kind == "none":

@@ -33,6 +33,7 @@ class NoiseInjector:
         self._sample_ids: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._handle = None
+        self._extremes = _black_and_white(model) if config.site == IMAGE_SITE else None
         if config.kind == "none":
             return
         shape = check_site(model, config.site, image_size)
@@ -67,8 +68,17 @@ class NoiseInjector:
         assert self._sample_ids is not None, "set_batch() was not called before the forward pass"
         seed = self.seed if training else self.seed ^ _EVALUATION_SEED
         epoch = self._epoch if training else torch.zeros_like(self._epoch)
-        noisy = apply_noise(args[0], self.config, self._sample_ids, seed, epoch, self.first_token)
+        noisy = apply_noise(args[0], self.config, self._sample_ids, seed, epoch, self.first_token, self._extremes)
         return (noisy, *args[1:])
+
+
+def _black_and_white(model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Black and white after the model's own normalisation, (3, 1, 1) each; None for a model that timm did not make."""
+    settings = getattr(model, "pretrained_cfg", None)
+    if not settings:
+        return None
+    mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return -mean / std, (1 - mean) / std
 
 
 def check_site(model: nn.Module, site: str, image_size: int) -> tuple[int, ...]:

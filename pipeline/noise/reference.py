@@ -110,10 +110,12 @@ def salt_and_pepper(
     site: str,
     group_size: int | None = None,
     first_token: int = 0,
+    extremes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Each entry becomes its group's maximum with probability p/2, its minimum with p/2; extremes carry no gradient.
+    """Each entry becomes the highest value with probability p/2, the lowest with p/2.
 
-    x: (B, ...). The decision is on integers, so every implementation takes the same one.
+    x: (B, ...). `extremes`: (lowest, highest), broadcast to x: black and white at the image. None: those of each group
+    of samples, without gradient. The decision is on integers, so every implementation takes the same one.
     """
     words = random_words(math.prod(x.shape[1:]), sample_ids, seed, epoch, stream_of(site, Purpose.MASK)).reshape(
         x.shape
@@ -121,13 +123,20 @@ def salt_and_pepper(
     if not len(x):
         return x
     salt, either = round(probability / 2 * 2**32), round(probability * 2**32)
-    parts = []
-    for group in x.detach()[:, first_token:].split(_running(group_size, len(x))):
-        low, high = torch.aminmax(group)
-        parts.append(torch.stack((low, high)).expand(len(group), 2))
-    low, high = torch.cat(parts).to(x.dtype).reshape(len(x), 2, *[1] * (x.ndim - 1)).unbind(1)
+    low, high = extremes or _group_extremes(x.detach()[:, first_token:], _running(group_size, len(x)))
+    low, high = low.to(x), high.to(x)
     noisy = torch.where(words < salt, high, torch.where(words < either, low, x))
     return _spare(x, noisy, first_token)
+
+
+def _group_extremes(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each sample's group, both (B, 1, ...)."""
+    parts = []
+    for group in x.split(group_size):
+        low, high = torch.aminmax(group)
+        parts.append(torch.stack((low, high)).expand(len(group), 2))
+    low, high = torch.cat(parts).reshape(len(x), 2, *[1] * (x.ndim - 1)).unbind(1)
+    return low, high
 
 
 def circular_shift(
@@ -176,9 +185,18 @@ def _spare(x: Tensor, noisy: Tensor, first_token: int) -> Tensor:
 
 
 def apply_noise(
-    x: Tensor, config: NoiseConfig, sample_ids: Tensor, seed: int, epoch: Tensor, first_token: int = 0
+    x: Tensor,
+    config: NoiseConfig,
+    sample_ids: Tensor,
+    seed: int,
+    epoch: Tensor,
+    first_token: int = 0,
+    extremes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The configured noise on x (B, ...). Errors: ValueError where x and sample_ids disagree on the batch."""
+    """The configured noise on x (B, ...); `extremes` as salt_and_pepper takes them.
+
+    Errors: ValueError where x and sample_ids disagree on the batch.
+    """
     if len(x) != len(sample_ids):
         raise ValueError(
             f"noise at {config.site}: {len(x)} rows, {len(sample_ids)} sample ids; the axis is not the batch"
@@ -187,7 +205,8 @@ def apply_noise(
     if config.kind == "gaussian":
         return gaussian_noise(x, strength, sample_ids, seed, epoch, config.site, first_token)
     if config.kind == "salt_and_pepper":
-        return salt_and_pepper(x, strength, sample_ids, seed, epoch, config.site, config.group_size, first_token)
+        group = config.group_size
+        return salt_and_pepper(x, strength, sample_ids, seed, epoch, config.site, group, first_token, extremes)
     if config.kind == "circular_shift":
         return circular_shift(x, strength, config.group_size, first_token, config.detach)
     assert config.kind == "optimal_q", config.kind

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 # Two half-batches averaged instead of one whole: a small ViT under AdamW in float32 was measured to differ by at most
 # 7e-6 in its loss within 10 steps. Twice that is the bound; a repeated or lost sample moves it by more than 1e-3.
@@ -88,6 +96,47 @@ def test_deepspeed_state_of_two_ranks_is_refused_by_one(two_ranks, command, digi
     )
     assert done.returncode == 2
     assert "2 ranks" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_run_is_not_taken_for_a_resume(two_ranks, command, digits) -> None:
+    data = ("--data.train", str(digits.train), "--data.val", str(digits.val), "--epochs", "3")
+    before = (two_ranks[0] / "config.json").read_bytes()
+    for options, named in (
+        (("--global-batch", "128"), "global_batch was 64, is 128"),
+        (("--model.drop-path", "0.1"), "model.drop_path was 0.0, is 0.1"),
+        (("--data.train", str(digits.val)), "holds other samples"),
+    ):
+        done = command("pipeline", "train", "demo", "--run", str(two_ranks[0]), *data, "--resume", *options)
+        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+    assert (two_ranks[0] / "config.json").read_bytes() == before
+
+
+def test_torchrun_s_ranks_do_not_overwrite_a_run_either(two_ranks, command, digits) -> None:
+    data = ("--data.train", str(digits.train), "--data.val", str(digits.val))
+    before = (two_ranks[0] / "metrics.jsonl").read_bytes()
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
+    done = command(*torchrun, "pipeline", "train", "demo", "--run", str(two_ranks[0]), *data)
+    assert done.returncode != 0 and "--resume" in done.stderr
+    assert (two_ranks[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_lost_rank_and_an_interrupt_end_the_run_with_one_line(digits, tmp_path) -> None:
+    """kill -9 of a rank, and Ctrl-C to the launcher: one line, a status that says which, no rank left behind."""
+    for kill, status, said in (("rank", 128 + signal.SIGKILL, "SIGKILL"), ("launcher", 128 + signal.SIGINT, "SIGINT")):
+        run = tmp_path / kill
+        data = ["--data.train", str(digits.train), "--data.val", str(digits.val), "--log-every", "1"]
+        words = [sys.executable, "-m", "pipeline", "train", "demo", "--run", str(run), *data]
+        running = subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            assert running.poll() is None and time.monotonic() < deadline, "the run did not start"
+            time.sleep(0.2)
+        ranks = psutil.Process(running.pid).children(recursive=True)
+        (os.kill(ranks[-1].pid, signal.SIGKILL) if kill == "rank" else os.killpg(running.pid, signal.SIGINT))
+        _, error = running.communicate(timeout=60)
+        assert running.returncode == status, error
+        assert said in error and "Traceback" not in error and error.count("\n") == 1, error
+        assert not psutil.wait_procs(ranks, timeout=10)[1], "a rank was left behind"
 
 
 def test_a_run_folder_is_not_overwritten(two_ranks, command, digits) -> None:

@@ -127,17 +127,28 @@ def test_the_fine_tuning_saw_the_beton_and_the_second_labelling(demo) -> None:
 
 
 def test_ones_own_pictures_without_splits_are_split_by_links(tmp_path) -> None:
-    from jobs.demo import _split
+    from jobs.demo import _checked_source, _split
 
-    for name, count in (("cat", 11), ("dog", 2)):
+    for name, count in (("cat", 111), ("dog", 2)):
         (tmp_path / "own" / name).mkdir(parents=True)
         for i in range(count):
-            (tmp_path / "own" / name / f"{i:02d}.jpg").write_bytes(b"picture")
+            (tmp_path / "own" / name / f"{i:03d}.jpg").write_bytes(b"picture")
     (tmp_path / "out").mkdir()
     pictures = _split(tmp_path / "own", tmp_path / "out")
     names = {split: sorted(p.name for p in (pictures / split).glob("cat/*")) for split in ("train", "val")}
-    assert names["val"] == ["01.jpg", "06.jpg"] and len(names["train"]) == 9
+    assert names["val"][:2] == ["001.jpg", "006.jpg"] and (len(names["train"]), len(names["val"])) == (89, 22)
     assert len(list((pictures / "val" / "dog").iterdir())) == len(list((pictures / "train" / "dog").iterdir())) == 1
-    (tmp_path / "own" / "dog" / "01.jpg").unlink()
+    (tmp_path / "own" / "dog" / "001.jpg").unlink()
     with pytest.raises(ValueError, match=r"dog has 1 pictures"):
-        _split(tmp_path / "own", tmp_path / "out2")
+        _checked_source(tmp_path / "own")
+
+
+def test_an_earlier_demo_outlives_bad_pictures(command, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("{}")
+    (tmp_path / "own" / "cat").mkdir(parents=True)
+    for i in range(40):
+        (tmp_path / "own" / "cat" / f"{i}.jpg").write_bytes(b"picture")
+    done = command("jobs", "demo", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "own"))
+    assert done.returncode == 2 and "32 pictures to train on" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "results.json").read_text() == "{}"

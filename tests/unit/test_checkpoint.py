@@ -190,7 +190,7 @@ def test_damage_is_found_by_name(tmp_path, name):
     data = path.read_bytes()
     for changed in (data[:-1], data + b"x", bytes([data[0] ^ 1]) + data[1:], b""):
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match=rf"{name} is damaged.*older checkpoint"):
+        with pytest.raises(ValueError, match=rf"{name} is damaged.*the one before it"):
             verify_generation(generation)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name} is missing"):

@@ -26,6 +26,7 @@ ORDER = (
     ("pipeline.audit", "pipeline.information"),
     ("pipeline.config",),
     ("pipeline.recipes",),
+    ("pipeline.state",),
     ("pipeline.train",),
     ("pipeline.report",),
     ("pipeline.commands", "pipeline.doctor"),

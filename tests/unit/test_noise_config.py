@@ -79,39 +79,14 @@ def test_when_noise_acts(kind, during, training, evaluating):
         ({"kind": "optimal_q", "group_size": None}, True),
         ({"kind": "optimal_q", "group_size": 1}, False),
         ({"kind": "circular_shift", "strength": 0.3}, True),
-        ({"kind": "salt_and_pepper", "strength": 0.3}, True),  # by the extremes of its group
+        ({"kind": "salt_and_pepper", "strength": 0.3, "site": "blocks.1"}, True),  # by the extremes of its group
+        ({"kind": "salt_and_pepper", "strength": 0.3}, False),  # white and black
         ({"kind": "salt_and_pepper", "strength": 0.3, "group_size": 1}, False),
     ],
     ids=str,
 )
 def test_which_noises_mix_samples(options, mixes):
     assert NoiseConfig(**options).mixes_samples == mixes
-
-
-def test_check_micro_batch_names_the_sizes_that_fit():
-    config = NoiseConfig(kind="optimal_q", group_size=8)
-    for fitting in (8, 16, 128):
-        config.check_micro_batch(fitting)
-    with pytest.raises(ValueError) as error:
-        config.check_micro_batch(12)
-    assert "noise.group_size 8" in str(error.value)
-    assert "micro-batch of 12" in str(error.value)
-    assert "[1, 2, 3, 4, 6, 12]" in str(error.value)
-    with pytest.raises(ValueError):
-        config.check_micro_batch(4)  # a group larger than the micro-batch
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        NoiseConfig(kind="none", group_size=8),
-        NoiseConfig(kind="gaussian", strength=1.0, group_size=8),
-        NoiseConfig(kind="optimal_q", group_size=None),
-        NoiseConfig(kind="optimal_q", group_size=1),
-    ],
-)
-def test_check_micro_batch_leaves_alone_what_mixes_nothing_or_all(config):
-    config.check_micro_batch(7)
 
 
 def test_describe_says_what_a_reader_must_know():

@@ -112,21 +112,22 @@ def test_resuming_at_any_step_gives_the_tail(spread, data):
 
 
 @PROPERTY
-@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
-def test_layout_of_makes_up_the_global_batch_or_names_what_would(global_batch, micro, world):
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8), st.integers(1, 4))
+def test_layout_of_takes_the_largest_micro_batch_or_names_what_would_do(global_batch, most, world, multiple):
+    fitting = [micro for micro in range(1, most + 1) if global_batch % (micro * world) == 0 and micro % multiple == 0]
     try:
-        layout = layout_of(global_batch, micro, 0, world)
+        layout = layout_of(global_batch, most, 0, world, multiple)
     except ValueError as error:
-        assert global_batch % (micro * world) != 0
-        assert f"global_batch {global_batch}" in str(error) and f"micro_batch {micro}" in str(error)
-        if "use a micro_batch of" in str(error):
-            for offered in str(error).split("use a micro_batch of ")[1].split(", "):
-                layout_of(global_batch, int(offered), 0, world)
-        else:
-            assert global_batch % world != 0
+        assert not fitting
+        assert f"{world} ranks" in str(error) if global_batch % world else f"multiple of {multiple}" in str(error)
     else:
+        assert layout.micro_batch == max(fitting)
         assert layout.global_batch == global_batch
-        assert layout.micro_batch * layout.accumulation * layout.world_size == global_batch
+
+
+def test_the_recipe_of_1024_fits_four_nodes_of_eight():
+    layout = layout_of(1024, 128, 31, 32, multiple_of=8)
+    assert (layout.micro_batch, layout.accumulation) == (32, 1)
 
 
 @pytest.mark.parametrize(("global_batch", "micro"), [(0, 1), (8, 0), (-8, 2), (8, -1)])
