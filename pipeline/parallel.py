@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -62,12 +63,14 @@ def launch(arguments: list[str], processes: int) -> int:
 
     torchrun itself would turn every failure into status 1 and add a traceback of its own.
     """
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own; what a rank says stays
     os.environ[_LAUNCHER] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # the agent's own words; what a rank says stays
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     config = LaunchConfig(
@@ -194,7 +197,6 @@ def assert_engine(prepared_model: Any, config: ParallelConfig, world_size: int) 
 
 def quiet_libraries() -> None:
     """DeepSpeed and Accelerate log every step of their start on every rank; warnings and errors stay."""
-    import logging
     import warnings
 
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

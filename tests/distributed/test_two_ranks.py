@@ -90,7 +90,7 @@ def test_two_ranks_evaluate_each_picture_once(two_ranks, command, digits, tmp_pa
 
 
 def test_deepspeed_state_of_two_ranks_is_refused_by_one(two_ranks, command, digits) -> None:
-    data = ("--data.train", str(digits.train), "--data.val", str(digits.val))
+    data = ("--data.train", str(digits.train), "--data.val", str(digits.val), "--epochs", "3")
     done = command(
         "pipeline", "train", "demo", "--run", str(two_ranks[0]), *data, "--resume", "--parallel.processes", "1"
     )
