@@ -103,6 +103,8 @@ def checked_progress(generation: Path, config: TrainConfig, loader: TrainLoader)
         )
     if progress["samples_sha256"] != read_manifest(config.data.train).samples_sha256():
         raise ValueError(f"cannot resume {generation}: {config.data.train} holds other samples than it was trained on")
+    if _label_map(generation / ckpt.LABEL_MAP_NAME) != _label_map(config.data.label_map):
+        raise ValueError(f"cannot resume {generation}: data.label_map gives other labels than it was trained on")
     layout = loader.layout
     if config.parallel.engine == "deepspeed" and progress["world_size"] != layout.world_size:
         raise ValueError(
@@ -117,6 +119,10 @@ def checked_progress(generation: Path, config: TrainConfig, loader: TrainLoader)
         )
     loader.load_state_dict(progress["loader"])
     return progress
+
+
+def _label_map(path: Path | None) -> Any:
+    return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
 def _flat(body: dict[str, Any]) -> dict[str, Any]:
