@@ -78,9 +78,12 @@ def test_ffcv_reads_the_beton(demo) -> None:
     images, labels = next(iter(loader))
     files = digit_files(demo, "val")
     assert labels.reshape(-1).tolist() == [int(path.parent.name) for path in files]  # kept in class order
-    for image, path in zip(images[::37], files[::37], strict=True):
-        difference = np.abs(image.astype(int) - np.asarray(Image.open(path).convert("RGB")).astype(int))
-        assert difference.max() <= 6  # ffcv decodes with the fast, less exact DCT
+    pictures = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files]).astype(int)
+    apart = np.abs(images.astype(int) - pictures).mean(axis=(1, 2, 3))
+    mistaken = np.abs(images.astype(int) - np.roll(pictures, 1, axis=0)).mean(axis=(1, 2, 3))
+    # ffcv decodes with the fast, less exact DCT: measured over these 400, a picture and its original are at most 2.7
+    # levels of 255 apart in the mean, and a picture and its neighbour at least 7.4.
+    assert apart.max() < 4 < mistaken.min()
 
 
 def test_timm_loads_the_exported_weights(demo, command, tmp_path) -> None:
