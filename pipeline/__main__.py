@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 _COMMANDS = {
     "train": "pretrain or fine-tune by a recipe: `train RECIPE [options]`",
     "evaluate": "exact top-1 and top-5 of a checkpoint, per image and by transductive protocols",
@@ -31,9 +30,10 @@ def main(arguments: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        # Gloo's and NCCL's word for a peer that died: that peer, or its launcher, says why.
-        if "RANK" in os.environ and any(text in str(error) for text in _LOST_PEER):
-            return 1
+        from pipeline.parallel import is_lost_peer
+
+        if is_lost_peer(error):
+            return 1  # that peer, or its launcher, says why
         raise
     except (ValueError, OSError) as error:
         if os.environ.get("NOISYNN_TRACEBACK"):

@@ -100,6 +100,12 @@ def launch(arguments: list[str], processes: int) -> int:
     return 0
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether this is gloo's or NCCL's word for another rank that died."""
+    words = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+
+
 def launched_here(environment: dict[str, str] | os._Environ = os.environ) -> bool:
     """Whether `launch` started this rank, after checking the configuration."""
     return _LAUNCHER in environment

@@ -16,6 +16,7 @@ from pipeline import checkpoint as ckpt
 from pipeline.config import TrainConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.models import WEIGHTS_NAME
+from pipeline.parallel import is_lost_peer
 from pipeline.sections import to_json
 
 # What may differ between a run and its resume without changing what is computed. Paths of the data may, since the
@@ -51,6 +52,8 @@ def save_run(
         if main:
             ckpt.publish_generation(config.run, step, config.checkpoint.keep)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_lost_peer(error):
+            raise
         free = shutil.disk_usage(config.run).free
         shutil.rmtree(folder, ignore_errors=True)
         reason = str(error).strip().splitlines()[0]
