@@ -88,16 +88,35 @@ def launch(arguments: list[str], processes: int) -> int:
         words = (word.replace("$", "$$") for word in arguments)
         elastic_launch(config, entrypoint=sys.executable)("-m", "pipeline", *words)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        if code < 0:
-            print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-            return 128 - code
-        return code
+        return _explain({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:
-        print(f"stopped by {stop.sigval.name}: the same command with --resume goes on", file=sys.stderr)
-        return 128 + stop.sigval
+        return _stopped(stop.sigval)
     return 0
+
+
+def _stopped(by: signal.Signals) -> int:
+    print(f"stopped by {by.name}: the same command with --resume goes on", file=sys.stderr)
+    return 128 + by
+
+
+def _explain(statuses: dict[int, int]) -> int:
+    """The status that says why: of a rank that was killed, else of one that refused its input, else any other's.
+
+    A rank whose peer died ends with 1, sometimes before the agent sees the peer; SIGTERM is the agent's own.
+    """
+
+    def cause(rank: int) -> int:
+        status = statuses[rank]
+        return 0 if status < 0 and status != -signal.SIGTERM else 1 if status == 2 else 2 if status > 0 else 3
+
+    rank = min(statuses, key=cause)
+    if (status := statuses[rank]) >= 0:
+        return status
+    by = signal.Signals(-status)
+    if by in (signal.SIGINT, signal.SIGTERM):
+        return _stopped(by)
+    print(f"error: rank {rank} was ended by {by.name}", file=sys.stderr)
+    return 128 + by
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -112,8 +131,8 @@ def launched_here(environment: dict[str, str] | os._Environ = os.environ) -> boo
 
 
 def guard_rank() -> None:
-    """A rank leaves Ctrl-C to its launcher, and does not outlive a launcher that was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C ends a rank at once and without a word, its launcher speaks; and no rank outlives a killed launcher."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if launched_here():
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
