@@ -6,9 +6,39 @@ from pathlib import Path
 
 import pytest
 from small_shards import SIDE, make
+from source_pictures import CLASSES, PER_CLASS, picture, shard_source
 
 # As pipeline/data/beton.py: else the process hangs at its end on one core, since tests fork after ffcv's import.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """3 classes of 8 pictures of several sizes; among them a PNG named .JPEG and a grey JPEG."""
+    root = tmp_path_factory.mktemp("source")
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for i in range(PER_CLASS):
+            seed = label * PER_CLASS + i
+            image = picture(seed, 32 + seed, 40)
+            path = root / name / f"{i}.JPEG"
+            if i == 1:
+                image.save(path, "PNG")
+            else:
+                (image.convert("L") if i == 2 else image).save(path, "JPEG", quality=90)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shards")
+    shard_source(source, out)
+    return out
+
+
+@pytest.fixture
+def copy(shards, tmp_path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")

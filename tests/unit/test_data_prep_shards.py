@@ -1,95 +1,17 @@
 """Whole shards: other libraries read them, any number of processes gives the same bytes, verify names each fault."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import sys
 import tarfile
-import threading
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from source_pictures import CLASSES, PER_CLASS, assert_same_picture, check, contents, originals, picture, shard_source
 
-from data_prep import beton as beton_module
 from data_prep import manifest as manifest_module
-from data_prep.beton import BetonOptions, BetonReader, write_beton
-from data_prep.distribute import ShardOptions, shard
 from data_prep.images import decode_rgb
 from data_prep.sources import ImageFolder
 from data_prep.tar_shards import read_index, read_pictures
-from data_prep.verify import VerifyOptions, verify
-
-CLASSES = ("ant", "bee", "cat")
-PER_CLASS = 8
-
-
-def picture(seed: int, height: int = 32, width: int = 40) -> Image.Image:
-    """A smooth picture of its own for each seed."""
-    coarse = np.random.RandomState(seed).randint(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """3 classes of 8 pictures of several sizes; among them a PNG named .JPEG and a grey JPEG."""
-    root = tmp_path_factory.mktemp("source")
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir()
-        for i in range(PER_CLASS):
-            seed = label * PER_CLASS + i
-            image = picture(seed, 32 + seed, 40)
-            path = root / name / f"{i}.JPEG"
-            if i == 1:
-                image.save(path, "PNG")
-            else:
-                (image.convert("L") if i == 2 else image).save(path, "JPEG", quality=90)
-    return root
-
-
-def make(source: Path, out: Path, **options):
-    return shard(ShardOptions(source=source, out=out, **({"samples_per_shard": 7, "processes": 1} | options)))
-
-
-@pytest.fixture(scope="module")
-def shards(source, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("shards")
-    make(source, out)
-    return out
-
-
-@pytest.fixture
-def copy(shards, tmp_path) -> Path:
-    return Path(shutil.copytree(shards, tmp_path / "copy"))
-
-
-def check(folder: Path, **options) -> list[str]:
-    return verify(VerifyOptions(manifest=folder / "train.manifest.json", processes=1, **options))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def originals(source: Path) -> dict[str, tuple[np.ndarray, int]]:
-    """key -> (pixels as Pillow sees the source, label)."""
-    return {
-        sample.key: (decode_rgb((source / sample.path).read_bytes()), sample.label)
-        for sample in ImageFolder(source).scan().samples
-    }
-
-
-def assert_same_picture(key: str, pixels: np.ndarray, expected: np.ndarray) -> None:
-    if key.endswith("_1"):  # the PNG was repaired, so encoded once
-        assert pixels.shape == expected.shape
-        assert np.abs(pixels.astype(int) - expected).mean() < 2
-    else:
-        np.testing.assert_array_equal(pixels, expected)
-
 
 # ---- what is in the shards ----
 
@@ -130,7 +52,7 @@ def test_originals_are_passed_through_unchanged(source, shards):
 
 
 def test_keep_order_is_the_source_s(source, tmp_path):
-    make(source, tmp_path / "out", keep_order=True)
+    shard_source(source, tmp_path / "out", keep_order=True)
     keys = []
     for path in sorted((tmp_path / "out").glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -140,10 +62,10 @@ def test_keep_order_is_the_source_s(source, tmp_path):
 
 def test_same_bytes_for_any_processes_and_on_a_second_run(source, shards, tmp_path):
     expected = contents(shards)
-    make(source, tmp_path / "two", processes=2)
+    shard_source(source, tmp_path / "two", processes=2)
     assert contents(tmp_path / "two") == expected
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "two").glob("*.tar")}
-    make(source, tmp_path / "two", processes=2)
+    shard_source(source, tmp_path / "two", processes=2)
     assert contents(tmp_path / "two") == expected
     assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was written again
 
@@ -152,16 +74,16 @@ def test_a_damaged_or_missing_shard_is_done_again_and_the_rest_kept(copy, source
     (copy / "train-000001.tar").write_bytes(b"x")
     (copy / "train-000002.idx").unlink()
     kept = (copy / "train-000000.tar").stat().st_mtime_ns
-    make(source, copy)
+    shard_source(source, copy)
     assert contents(copy) == contents(shards)
     assert (copy / "train-000000.tar").stat().st_mtime_ns == kept
 
 
 def test_a_changed_picture_is_not_taken_for_done(source, tmp_path):
     mine = Path(shutil.copytree(source, tmp_path / "mine"))
-    make(mine, tmp_path / "out")
+    shard_source(mine, tmp_path / "out")
     picture(99).save(mine / "cat" / "7.JPEG", "JPEG")
-    make(mine, tmp_path / "out")
+    shard_source(mine, tmp_path / "out")
     found = {}
     for path in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -173,16 +95,16 @@ def test_a_changed_picture_is_not_taken_for_done(source, tmp_path):
 def test_another_source_or_other_options_do_not_overwrite(source, copy, tmp_path):
     before = contents(copy)
     with pytest.raises(ValueError, match="seed 0 -> 1"):
-        make(source, copy, seed=1)
+        shard_source(source, copy, seed=1)
     mine = Path(shutil.copytree(source, tmp_path / "mine"))
     (mine / "ant" / "0.JPEG").unlink()
     with pytest.raises(ValueError, match="another source"):
-        make(mine, copy)
+        shard_source(mine, copy)
     assert contents(copy) == before
 
 
 def test_two_splits_share_a_folder(source, copy):
-    make(source, copy, split="val", samples_per_shard=24)
+    shard_source(source, copy, split="val", samples_per_shard=24)
     info = json.loads((copy / "_info.json").read_text())["splits"]
     assert info["val"] == {
         "name": "val",
@@ -199,19 +121,19 @@ def test_skip_lists_what_it_leaves_out(source, tmp_path):
     (mine / "bee" / "3.JPEG").write_bytes((mine / "bee" / "3.JPEG").read_bytes()[:-50])
     (mine / "cat" / "0.JPEG").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"(3|0)\.JPEG.*--on-error skip"):
-        make(mine, tmp_path / "out")
+        shard_source(mine, tmp_path / "out")
     assert not (tmp_path / "out" / "train.manifest.json").exists()
-    manifest = make(mine, tmp_path / "out", on_error="skip")
+    manifest = shard_source(mine, tmp_path / "out", on_error="skip")
     assert {note.key for note in manifest.skipped} == {"bee_3", "cat_0"}
     assert all(("truncated" in n.reason) == (n.key == "bee_3") for n in manifest.skipped)
     assert manifest.class_counts == (8, 7, 7)
     assert check(tmp_path / "out") == []
     with pytest.raises(ValueError, match="--on-error skip"):  # what was skipped does not count as done under "fail"
-        make(mine, tmp_path / "out")
+        shard_source(mine, tmp_path / "out")
     for path in (mine / "cat").iterdir():
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="class 'cat' has no picture"):
-        make(mine, tmp_path / "out2", on_error="skip")
+        shard_source(mine, tmp_path / "out2", on_error="skip")
     assert not (tmp_path / "out2" / "train.manifest.json").exists()
 
 
@@ -330,149 +252,3 @@ def test_timm_reads_the_same(shards):
     dataset = create_dataset("wds/", root=str(shards), split="train")
     assert len(dataset) == 24
     assert sorted(label for _, label in dataset) == sorted([0, 1, 2] * PER_CLASS)
-
-
-def samples_of(folder: Path):
-    manifest = manifest_module.read_manifest(folder / "train.manifest.json")
-    for record in manifest.shards:
-        entries = read_index(folder, record)
-        for entry, data in zip(entries, read_pictures(folder / record.name, entries), strict=True):
-            yield data, entry.label
-
-
-def test_beton_holds_the_shards_samples_in_order(copy):
-    for options in ({}, {"mode": "raw"}, {"mode": "proportion", "max_resolution": 40, "jpeg_quality": 80}):
-        manifest = write_beton(BetonOptions(copy / "train.manifest.json", processes=1, **options))
-        assert manifest == manifest_module.read_manifest(copy / "train.manifest.json")
-        assert manifest.beton.samples == 24
-        reader = BetonReader(copy / "train.beton")
-        modes = set()
-        for sample_id, (data, label) in enumerate(samples_of(copy)):
-            original = decode_rgb(data)
-            assert reader.labels[sample_id] == label
-            pixels = reader.picture(sample_id)
-            modes.add(int(reader.images[sample_id]["mode"]))
-            if "max_resolution" in options:
-                assert max(pixels.shape) == 40 and abs(pixels.shape[0] / pixels.shape[1] - original.shape[0] / 40) < 1
-            elif options:
-                np.testing.assert_array_equal(pixels, original)
-            else:
-                assert bytes(reader.payload(sample_id)) == data  # originals pass through
-                assert np.abs(pixels.astype(int) - original).mean() < 3  # ffcv decodes with a coarser DCT
-        assert modes == {"jpg": {0}, "raw": {1}, "proportion": {0, 1}}[options.get("mode", "jpg")]
-        assert check(copy) == []
-        once = (copy / "train.beton").read_bytes()
-        if options.get("mode") == "proportion":
-            (copy / "train.beton").unlink()
-            write_beton(BetonOptions(copy / "train.manifest.json", processes=2, **options))
-            assert (copy / "train.beton").read_bytes() == once
-
-        damaged = bytearray(once)
-        damaged[len(once) // 2] ^= 1
-        (copy / "train.beton").write_bytes(damaged)
-        assert check(copy, quick=True) == ["train.beton: its sha256 is not the manifest's"]
-        (copy / "train.beton").write_bytes(once)
-
-
-def test_doing_all_again_keeps_the_beton(source, copy):
-    manifest = write_beton(BetonOptions(copy / "train.manifest.json", processes=1))
-    before, written = contents(copy), (copy / "train.beton").stat().st_mtime_ns
-    (copy / "train-000002.tar").unlink()
-    assert make(source, copy).beton == manifest.beton
-    write_beton(BetonOptions(copy / "train.manifest.json", processes=1))
-    assert contents(copy) == before
-    assert (copy / "train.beton").stat().st_mtime_ns == written
-
-
-def test_ffcv_s_own_loader_reads_it(copy):
-    write_beton(BetonOptions(copy / "train.manifest.json", processes=1))
-    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
-    from ffcv.loader import Loader, OrderOption
-
-    pipelines = {"image": [CenterCropRGBImageDecoder((32, 32), 1.0)], "label": [IntDecoder()]}
-    loader = Loader(str(copy / "train.beton"), 6, 1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
-    batches = [(images.copy(), labels.copy()) for images, labels in loader]
-    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    expected = list(samples_of(copy))
-    assert labels[:, 0].tolist() == [label for _, label in expected]
-    for pixels, (data, _) in zip(images, expected, strict=True):
-        original = Image.fromarray(decode_rgb(data))
-        side = min(original.size)
-        left, top = (original.width - side) // 2, (original.height - side) // 2
-        cropped = original.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BOX)
-        assert np.abs(pixels.astype(int) - np.asarray(cropped)).mean() < 6
-
-
-def kill_first_child(stop: threading.Event) -> None:
-    while not stop.is_set():
-        children = multiprocessing.active_children()
-        if len(children) == 2:
-            os.kill(children[0].pid, signal.SIGKILL)
-            return
-        time.sleep(0.001)
-
-
-def test_beton_with_a_killed_process_is_one_error_and_no_file(copy):
-    before = contents(copy)
-    stop = threading.Event()
-    killer = threading.Thread(target=kill_first_child, args=(stop,))
-    killer.start()
-    try:
-        with pytest.raises(ChildProcessError, match="died"):
-            write_beton(BetonOptions(copy / "train.manifest.json", mode="raw"))
-    finally:
-        stop.set()
-        killer.join()
-    assert contents(copy) == before
-
-
-def test_beton_of_a_damaged_shard_is_refused(copy):
-    record = manifest_module.read_manifest(copy / "train.manifest.json").shards[0]
-    entry = read_index(copy, record)[2]
-    data = bytearray((copy / record.name).read_bytes())
-    data[entry.offset + 9] ^= 1
-    (copy / record.name).write_bytes(data)
-    with pytest.raises(ValueError, match=r"train-000000.tar.*CRC"):
-        write_beton(BetonOptions(copy / "train.manifest.json", processes=1))
-    assert not list(copy.glob("*.beton")) and not list(copy.glob(".*.tmp"))
-
-
-def test_beton_that_reads_back_wrong_is_not_published(copy, monkeypatch):
-    store = beton_module._store
-
-    def store_wrong(destination, stored, malloc):
-        store(destination, stored._replace(payload=stored.payload[:-1] + b"\0"), malloc)
-
-    monkeypatch.setattr(beton_module, "_store", store_wrong)
-    with pytest.raises(ValueError, match="sample 0 is not what was written"):
-        write_beton(BetonOptions(copy / "train.manifest.json", processes=1))
-    assert not list(copy.glob("*.beton")) and not list(copy.glob(".*.tmp"))
-
-
-def test_verify_compares_beton_with_shards(copy):
-    """A .beton of other samples, recorded with its true hash, is still found."""
-    import dataclasses
-
-    manifest = write_beton(BetonOptions(copy / "train.manifest.json", processes=1))
-    order = [manifest.shards[1], manifest.shards[0], *manifest.shards[2:]]
-    swapped = dataclasses.replace(manifest, shards=tuple(order))
-    manifest_module.write_manifest(swapped)
-    info = json.loads((copy / "_info.json").read_text())
-    info["splits"]["train"]["filenames"] = [s.name for s in order]
-    (copy / "_info.json").write_text(json.dumps(info))
-    assert check(copy, quick=True) == []
-    assert any("train.beton: sample 0 is not the picture" in fault for fault in check(copy))
-
-
-def test_ffcv_missing_is_one_error_with_the_mend(copy, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(ValueError, match=r"make setup.*libturbojpeg0-dev"):
-        write_beton(BetonOptions(copy / "train.manifest.json"))
-    assert not list(copy.glob("*.beton"))
-    monkeypatch.undo()
-    write_beton(BetonOptions(copy / "train.manifest.json"))
-    monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(ValueError, match="make setup"):
-        check(copy)
