@@ -1,4 +1,4 @@
-"""python -m benchmarks loader | noise"""
+"""python -m benchmarks loader | noise | shards"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 _QUESTIONS = {
     "loader": "images/s of this project's readers beside the webdataset library",
     "noise": "elements/s of each noise beside eager torch and a plain copy",
+    "shards": "data_prep beside plain writes, webdataset, FFCV's writer and tarfile",
 }
 
 
@@ -45,6 +46,10 @@ def _answer(question: str, arguments: list[str]) -> None:
         from benchmarks.loader import LoaderOptions, measure_loaders
 
         measure_loaders(tyro.cli(LoaderOptions, prog=prog, args=arguments), command)
+    elif question == "shards":
+        from benchmarks.shards import ShardsOptions, measure_shards
+
+        measure_shards(tyro.cli(ShardsOptions, prog=prog, args=arguments), command)
     else:
         from benchmarks.noise import NoiseOptions, measure_noises
 

@@ -1,4 +1,4 @@
-"""The 250 ImageNet pictures that NOISYNN_SAMPLES points at -> temporary shards, for benchmarks without a manifest."""
+"""The 250 ImageNet pictures that NOISYNN_SAMPLES points at, as a folder or as shards, for benchmarks without data."""
 
 from __future__ import annotations
 
@@ -25,34 +25,48 @@ class Source(NamedTuple):
     pictures: str
 
 
+class Pictures(NamedTuple):
+    """An ImageFolder to read, and what it holds."""
+
+    folder: Path
+    images: int
+    text: str
+
+
+@contextlib.contextmanager
+def repeated_samples(images: int, mend: str, parent: Path | None = None) -> Iterator[Pictures]:
+    """The archive's pictures as an ImageFolder, each repeated until there are `images`; the folder goes afterwards.
+
+    mend: what a user without the archive can name instead. Errors: ValueError where there is no archive.
+    """
+    archive = Path(os.environ.get(VARIABLE) or "no-folder") / ARCHIVE
+    if not archive.is_file():
+        raise ValueError(f"no pictures to read: give {mend}, or set {VARIABLE} to a folder with {ARCHIVE}")
+    with tempfile.TemporaryDirectory(prefix="noisynn-benchmark-", dir=parent) as name:
+        folder = Path(name) / "source"
+        count, repeats = _unpack(archive, folder, images)
+        text = f"{ARCHIVE}: {count} real pictures, each {repeats} times"
+        print(text)
+        yield Pictures(folder, count * repeats, text)
+
+
 @contextlib.contextmanager
 def sharded_samples(images: int, shards: int, processes: int) -> Iterator[Source]:
     """Shards the archive's pictures, each repeated until there are `images`, and writes their .beton.
 
-    Everything lies in a temporary folder, which goes afterwards.
     Errors: ValueError where there is no archive, or where sharding fails.
     """
-    archive = Path(os.environ.get(VARIABLE) or "no-folder") / ARCHIVE
-    if not archive.is_file():
-        raise ValueError(
-            f"no pictures to read: give --manifest YOUR.manifest.json (of `python -m data_prep shard`), or set "
-            f"{VARIABLE} to a folder with {ARCHIVE}"
-        )
-    with tempfile.TemporaryDirectory(prefix="noisynn-benchmark-") as name:
-        folder = Path(name)
-        count, repeats = _unpack(archive, folder / "source", images)
-        out = folder / "shards"
-        per_shard = -(-count * repeats // shards)
+    with repeated_samples(images, "--manifest YOUR.manifest.json (of `python -m data_prep shard`)") as pictures:
+        out = pictures.folder.with_name("shards")
+        per_shard = -(-pictures.images // shards)
         options = ("--samples-per-shard", str(per_shard), "--processes", str(processes))
-        _data_prep("shard", "--source", str(folder / "source"), "--out", str(out), *options)
+        _data_prep("shard", "--source", str(pictures.folder), "--out", str(out), *options)
         manifest = manifest_path(out, "train")
         try:
             _data_prep("beton", str(manifest), "--processes", str(processes))
         except ValueError as error:
             print(f"the .beton reader is not measured: {error}", file=sys.stderr)
-        text = f"{ARCHIVE}: {count} real pictures, each {repeats} times"
-        print(text)
-        yield Source(manifest, text)
+        yield Source(manifest, pictures.text)
 
 
 def _unpack(archive: Path, target: Path, images: int) -> tuple[int, int]:

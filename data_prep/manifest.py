@@ -7,7 +7,8 @@ each, defines the **sample id**: 0 to n-1, for ever. A .beton holds the same sam
 
 Index file (``<shard>.idx``), little endian: 8 bytes magic, ``u64`` count, ``u32`` flags, then one 20-byte record a
 sample (``u64`` offset, ``u32`` size, ``i32`` label, ``u32`` CRC-32 of the picture's bytes), then the CRC-32 of all
-that came before. Fixed-size records let a reader map the file and find sample i without parsing the rest.
+that came before. Fixed-size records let a reader map the file and find sample i without parsing the rest. A .beton has
+one too (``<beton>.idx``), of its payloads as they are stored.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 MANIFEST_FORMAT = "noisynn-manifest"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_SUFFIX = ".manifest.json"
 
 Record = TypeVar("Record")
@@ -57,7 +59,7 @@ class ShardRecord:
     name: str
     samples: int
     bytes: int
-    sha256: str
+    sha256: str | None  # None: a foreign tar that was indexed without hashing, so nothing can be verified of it
     index_sha256: str
 
     @property
@@ -73,9 +75,14 @@ class BetonRecord:
     samples: int
     bytes: int
     sha256: str
+    index_sha256: str
     mode: str  # "raw", "jpg" or "proportion"
     max_resolution: int | None  # longest side in pixels, None where the originals were kept
     jpeg_quality: int | None
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.name}.idx"
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,16 @@ class Note:
     """A sample that was repaired or skipped, and why."""
 
     key: str
-    reason: str
+    path: str  # in the source
+    reason: str  # the same text for the same fault, so that reasons can be counted
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a reader must know of one split. It holds no times and no process counts: same input, same bytes."""
+    """All that a reader must know of one split. It holds no times and no process counts: same input, same bytes.
+
+    A split has shards, a .beton of them, or a .beton alone.
+    """
 
     split: str
     classes: tuple[str, ...]
@@ -99,6 +110,7 @@ class Manifest:
     repaired: tuple[Note, ...] = ()
     skipped: tuple[Note, ...] = ()
     beton: BetonRecord | None = None
+    class_names: tuple[str, ...] = ()  # readable, in the order of classes; empty where none were given
     folder: Path = field(default=Path(), compare=False)  # where it was read from; not written
 
     @property
@@ -112,7 +124,10 @@ class Manifest:
     def samples_sha256(self) -> str:
         """Digest of the samples and their order: a .beton written later, or another folder, does not change it."""
         digest = hashlib.sha256()
-        for text in (*self.classes, *(shard.sha256 for shard in self.shards)):
+        held = [shard.sha256 or shard.index_sha256 for shard in self.shards]
+        if not held and self.beton is not None:
+            held = [self.beton.sha256]
+        for text in (*self.classes, *held):
             digest.update(f"{text}\0".encode())
         return digest.hexdigest()
 
@@ -144,20 +159,25 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{path} is a folder; name one manifest in it: {', '.join(found) or 'it holds none'}")
     if not path.is_file():
         raise FileNotFoundError(f"no manifest at {path}: write one with `python -m data_prep shard`")
+    return parse_manifest(path.read_bytes(), str(path), path.parent)
+
+
+def parse_manifest(data: bytes, where: str, folder: Path) -> Manifest:
+    """The manifest in a file's bytes. Errors: ValueError naming `where` and the mend."""
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(data.decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a manifest (not JSON: {error}); name a *{MANIFEST_SUFFIX} file") from error
+        raise ValueError(f"{where} is not a manifest (not JSON: {error}); name a *{MANIFEST_SUFFIX} file") from error
     if not isinstance(body, dict) or body.pop("format", None) != MANIFEST_FORMAT:
-        raise ValueError(f"{path} is not a manifest; name a *{MANIFEST_SUFFIX} file")
+        raise ValueError(f"{where} is not a manifest; name a *{MANIFEST_SUFFIX} file")
     if (version := body.pop("version", None)) != MANIFEST_VERSION:
-        raise ValueError(f"{path} has version {version}, this code reads {MANIFEST_VERSION}: write the shards again")
+        raise ValueError(f"{where} has version {version}, this code reads {MANIFEST_VERSION}: write the shards again")
     num_samples = body.pop("num_samples", None)
     try:
-        manifest = _manifest_of(body, path.parent)
+        manifest = _manifest_of(body, folder)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): write the shards again") from error
-    _check_counts(manifest, num_samples, path)
+        raise ValueError(f"{where} is damaged ({error}): write the shards again") from error
+    _check_counts(manifest, num_samples, where)
     return manifest
 
 
@@ -168,7 +188,8 @@ def _manifest_of(body: dict[str, Any], folder: Path) -> Manifest:
     body["beton"] = None if body["beton"] is None else record_of(BetonRecord, body["beton"])
     body["classes"] = tuple(body["classes"])
     body["class_counts"] = tuple(body["class_counts"])
-    if not all(isinstance(name, str) for name in body["classes"]):
+    body["class_names"] = tuple(body["class_names"])
+    if not all(isinstance(name, str) for name in (*body["classes"], *body["class_names"])):
         raise TypeError("a class name that is no text")
     if not all(isinstance(count, int) and count >= 0 for count in body["class_counts"]):
         raise TypeError("a class count that is no number")
@@ -188,19 +209,22 @@ def record_of(kind: type[Record], fields: Any) -> Record:
     return record
 
 
-def _check_counts(manifest: Manifest, num_samples: Any, path: Path) -> None:
-    in_shards = sum(shard.samples for shard in manifest.shards)
-    if not manifest.num_samples == num_samples == in_shards:
+def _check_counts(manifest: Manifest, num_samples: Any, where: str) -> None:
+    held = sum(shard.samples for shard in manifest.shards)
+    if not manifest.shards and manifest.beton is not None:
+        held = manifest.beton.samples
+    if not manifest.num_samples == num_samples == held:
         raise ValueError(
-            f"{path} is damaged: {num_samples} samples declared, {in_shards} in its shards, "
+            f"{where} is damaged: {num_samples} samples declared, {held} in its files, "
             f"{manifest.num_samples} by class; write the shards again"
         )
-    if len(manifest.classes) != len(manifest.class_counts):
-        raise ValueError(f"{path} is damaged: {len(manifest.classes)} classes, {len(manifest.class_counts)} counts")
+    lengths = len(manifest.classes), len(manifest.class_counts), len(manifest.class_names) or len(manifest.classes)
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{where} is damaged: {lengths[0]} classes, {lengths[1]} counts, {lengths[2]} readable names")
     names = [shard.name for shard in manifest.shards] + ([manifest.beton.name] if manifest.beton else [])
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{path} names the file {name!r} outside its own folder: do not trust it")
+            raise ValueError(f"{where} names the file {name!r} outside its own folder: do not trust it")
 
 
 def pack_index(entries: list[IndexEntry], crc_known: bool = True) -> bytes:
@@ -237,22 +261,51 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` for a writer to fill; on success fsyncs and renames it, else removes it.
 
     The name carries the process id and a random part, so that two jobs on one target, on whatever machines, never
-    write into one file.
+    write into one file. It is locked while it is written, so that `remove_orphans` can tell it from a dead job's.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    lock = _create_locked(temporary)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        os.fsync(lock)
         publish(temporary, path)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        free = shutil.disk_usage(path.parent).free
-        reason = f"{error.strerror} ({free:,} bytes free): make room and run the same command again"
+        written, free = os.fstat(lock).st_size, shutil.disk_usage(path.parent).free
+        reason = (
+            f"{error.strerror} ({written:,} bytes of it written, {free:,} bytes free): make room and run the same "
+            "command again"
+        )
         raise OSError(error.errno, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _create_locked(path: Path) -> int:
+    """Makes an empty file and locks it; returns its descriptor."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # A sweep may have taken it for an orphan in the moment before it was locked.
+        if path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)
+
+
+def remove_orphans(folder: Path, pattern: str) -> int:
+    """Removes temporary files of jobs that were killed, for final names that match `pattern`; returns how many.
+
+    A file whose writer lives, on whatever machine the file system's locks reach, stays.
+    """
+    removed = 0
+    for path in folder.glob(f".{pattern}.*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            removed += 1
+    return removed
 
 
 @contextlib.contextmanager

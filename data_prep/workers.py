@@ -17,10 +17,10 @@ from typing import TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-Progress = Callable[[int, int], None]  # called with (samples just done, samples in all)
+Progress = Callable[[int, int, int], None]  # called with (samples just done, their bytes, samples in all; 0: unknown)
 
 
-def silent(count: int, total: int) -> None:
+def silent(count: int, size: int, total: int) -> None:
     """The Progress that tells nobody."""
 
 

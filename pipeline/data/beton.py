@@ -7,8 +7,8 @@ seconds in each process, and blocks when its thread fails. Native calls here run
 
 from __future__ import annotations
 
+import hashlib
 import os
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, check_index
 from pipeline.data.augment import AugmentConfig, Crop, center_crop, training_crops
 from pipeline.data.batch import Batch
 from pipeline.data.decode import MAX_PIXELS, decode_rgb, jpeg_size
-from pipeline.data.shards import index_records
+from pipeline.data.shards import records_of
 
 _JPG, _RAW = 0, 1  # ffcv's IMAGE_MODES
+_MEND = "write the .beton again with `python -m data_prep beton`"
 
 
 class BetonReader:
@@ -41,7 +42,7 @@ class BetonReader:
         self.labels = self._reader.metadata[label_field].astype(np.int64).reshape(-1)
         self._bytes = np.memmap(self.path, "uint8", mode="r")
         self._sizes = self._check(manifest)
-        self._crcs = self._crcs_of_originals(manifest)
+        self._crcs = self._checked_crcs(manifest)
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="beton")
 
     def batch(self, sample_ids: np.ndarray, epoch: int | None) -> Batch:
@@ -61,6 +62,10 @@ class BetonReader:
         meta = self._pictures[sample_id]
         start, height, width = int(meta["data_ptr"]), int(meta["height"]), int(meta["width"])
         stored = self._bytes[start : start + self._sizes[sample_id]]
+        if zlib.crc32(stored.data) != self._crcs[sample_id]:
+            raise ValueError(
+                f"sample {sample_id} of {self.path}: the bytes are not those that were written (CRC differs); {_MEND}"
+            )
         if meta["mode"] == _RAW:
             picture = stored.reshape(height, width, 3)
         else:
@@ -71,42 +76,49 @@ class BetonReader:
             out[:] = out[:, ::-1].copy()
 
     def _decode_jpeg(self, stored: np.ndarray, height: int, width: int, sample_id: int) -> np.ndarray:
-        """uint8 (height, width, 3). Errors: ValueError naming the sample, never a wrong picture where a CRC is known.
+        """uint8 (height, width, 3). Errors: ValueError naming the sample.
 
-        ffcv's decoder alone passes 482 of 600 single-bit flips as pictures, and where the metadata's size is not the
-        JPEG's it leaves parts of the buffer as they were, with the status of a success.
+        ffcv's decoder alone passes 482 of 600 single-bit flips as pictures, hence the CRC before; and where the
+        metadata's size is not the JPEG's it leaves parts of the buffer as they were, with the status of a success.
         """
         where = f"sample {sample_id} of {self.path}"
-        mend = "write the .beton again with `python -m data_prep beton`"
         data = stored.tobytes()
-        if self._crcs is not None and zlib.crc32(data) != self._crcs[sample_id]:
-            raise ValueError(f"{where}: the bytes are not those that were written (CRC differs); {mend}")
         if (size := jpeg_size(data)) != (width, height):
-            raise ValueError(f"{where}: the JPEG is {size}, the metadata say {(width, height)} (width, height); {mend}")
+            raise ValueError(
+                f"{where}: the JPEG is {size}, the metadata say {(width, height)} (width, height); {_MEND}"
+            )
         picture = np.empty((height, width, 3), np.uint8)
         if self._libffcv.imdecode(stored, picture, height, width, height, width) == 0:
             return picture
-        if self._crcs is None:
-            raise ValueError(f"{where} does not decode; {mend}")
-        # turbojpeg reports mere warnings (stray bytes between markers) like errors: of an original Pillow is the judge.
+        # turbojpeg reports mere warnings (stray bytes between markers) like errors: Pillow is the judge.
         return np.asarray(decode_rgb(data, where))
 
-    def _crcs_of_originals(self, manifest: Manifest) -> np.ndarray | None:
-        """CRC-32 of each JPEG, uint32 (n,), where the .beton holds the shards' own and their indexes are there."""
-        if manifest.beton is None or manifest.beton.max_resolution is not None or manifest.beton.mode == "raw":
-            return None
-        if not all((manifest.folder / shard.index_name).is_file() for shard in manifest.shards):
-            warnings.warn(
-                f"{self.path} is read without CRCs: the indexes of {manifest.path} are not beside it", stacklevel=2
-            )
-            return None
-        index = np.concatenate([index_records(manifest, shard) for shard in manifest.shards])
-        if not np.array_equal(index["label"], self.labels):
-            raise ValueError(
-                f"{self.path} holds other labels than the indexes beside {manifest.path}: "
-                f"write it again with `python -m data_prep beton {manifest.path}`"
-            )
-        return index["crc32"]
+    def _checked_crcs(self, manifest: Manifest) -> np.ndarray:
+        """CRC-32 of each sample's stored bytes, uint32 (n,), of the index beside the file.
+
+        Errors: FileNotFoundError or ValueError where the index is not as recorded, or says otherwise than ffcv's
+        metadata, which native code is about to trust.
+        """
+        assert manifest.beton is not None
+        mend = f"write it again with `python -m data_prep beton {manifest.path}`"
+        path = manifest.folder / manifest.beton.index_name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, which holds the CRCs of {self.path}: {mend}")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != manifest.beton.index_sha256:
+            raise ValueError(f"{path} is not the index that {manifest.path} tells of: {mend}")
+        check_index(data, path)
+        records = records_of(data)
+        if len(records) != len(self.labels):
+            raise ValueError(f"{self.path} holds {len(self.labels)} samples, {path} {len(records)}: {mend}")
+        wrong = (
+            (records["offset"] != self._pictures["data_ptr"])
+            | (records["size"] != self._sizes)
+            | (records["label"] != self.labels)
+        )
+        if wrong.any():
+            raise ValueError(f"{self.path}: sample {int(wrong.argmax())} has other metadata than in {path}: {mend}")
+        return records["crc32"]
 
     def _check(self, manifest: Manifest) -> np.ndarray:
         """Byte sizes by sample id, after checking that every picture lies inside the file."""

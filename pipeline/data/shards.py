@@ -106,7 +106,12 @@ def index_records(manifest: Manifest, shard: ShardRecord) -> np.ndarray:
     if count != shard.samples:
         raise ValueError(f"{path} has {count} samples, {manifest.path} says {shard.samples}: {mend}")
     if not crc_known:
-        raise ValueError(f"{path} holds no CRCs (a foreign tar's): make the shards with `python -m data_prep shard`")
+        raise ValueError(f"{path} holds no CRCs (a foreign tar's): add them with `python -m data_prep index --hash`")
+    return records_of(data)
+
+
+def records_of(data: bytes) -> np.ndarray:
+    """The records (offset, size, label, crc32) of an index file that check_index has passed."""
     return np.frombuffer(data[INDEX_HEADER.size : -INDEX_TRAILER.size], dtype=_RECORD)
 
 

@@ -1,19 +1,25 @@
-"""250 original ImageNet pictures through shards and .beton, and into a ViT at 224 pixels."""
+"""250 original ImageNet pictures from every kind of source, through shards and .beton, into a ViT at 224 pixels."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from twins import parquet_files, train_tar, val_twin
 
 from data_prep.beton import BetonOptions, write_beton
+from data_prep.beton_reader import BetonReader
 from data_prep.distribute import ShardOptions, shard
+from data_prep.images import PictureOptions, decode_rgb
 from data_prep.manifest import Manifest
 from data_prep.verify import VerifyOptions, verify
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.loader import DataConfig, open_split
+
+GREY = 4  # of the 250
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +29,86 @@ def manifest(imagenet_sample, tmp_path_factory) -> Manifest:
     return write_beton(BetonOptions(written.path))
 
 
-def test_originals_pass_through_to_the_byte(manifest, imagenet_sample) -> None:
+def samples_of(manifest: Manifest) -> dict[str, tuple[bytes, str]]:
+    """key -> (bytes, class), as the webdataset library reads them."""
     import webdataset
 
     tars = [str(manifest.folder / record.name) for record in manifest.shards]
-    found = {}
-    for sample in webdataset.WebDataset(tars, shardshuffle=False):
-        found[sample["jpg"]] = manifest.classes[int(sample["cls"])]
-    expected = {path.read_bytes(): path.parent.name for path in imagenet_sample.glob("*/*.JPEG")}
-    assert len(expected) == 250 and found == expected
-    assert manifest.repaired == manifest.skipped == ()
+    return {
+        sample["__key__"]: (sample["jpg"], manifest.classes[int(sample["cls"])])
+        for sample in webdataset.WebDataset(tars, shardshuffle=False)
+    }
+
+
+def test_originals_pass_through_to_the_byte_and_grey_ones_to_the_pixel(manifest, imagenet_sample) -> None:
+    found = samples_of(manifest)
+    paths = {path.stem: path for path in imagenet_sample.glob("*/*.JPEG")}
+    assert len(paths) == 250 and found.keys() == paths.keys()
+    assert {name: label for name, (_, label) in found.items()} == {k: path.parent.name for k, path in paths.items()}
+    changed = {key for key, path in paths.items() if found[key][0] != path.read_bytes()}
+    assert changed == {note.key for note in manifest.repaired} and len(changed) == GREY
+    for key in changed:
+        np.testing.assert_array_equal(decode_rgb(found[key][0]), decode_rgb(paths[key].read_bytes()))
+    assert manifest.skipped == ()
     assert verify(VerifyOptions(manifest.path)) == []
+
+
+def test_every_kind_of_source_gives_the_same_labels(manifest, imagenet_sample, tmp_path) -> None:
+    """The archives give the very same tars; Parquet, whose rows have an order of their own, the same samples."""
+    expected = {key: (hashlib.sha256(data).digest(), label) for key, (data, label) in samples_of(manifest).items()}
+    archive = train_tar(imagenet_sample, tmp_path / "ILSVRC2012_img_train.tar")
+    written = shard(ShardOptions(str(archive), tmp_path / "archive", samples_per_shard=100))
+    assert [record.sha256 for record in written.shards] == [record.sha256 for record in manifest.shards]
+    assert (written.classes, written.class_counts) == (manifest.classes, manifest.class_counts)
+
+    classes = tmp_path / "classes.txt"
+    classes.write_text("".join(f"{name}\n" for name in manifest.classes))
+    files = parquet_files(imagenet_sample, tmp_path / "hub", rows_per_group=20, suffix=False)
+    written = shard(ShardOptions(str(files), tmp_path / "parquet", classes=classes, samples_per_shard=100))
+    found = {key: (hashlib.sha256(data).digest(), label) for key, (data, label) in samples_of(written).items()}
+    assert found == expected
+
+    archive, devkit, folder = val_twin(imagenet_sample, tmp_path)
+    options = {"split": "val", "keep_order": True, "samples_per_shard": 100}
+    from_archive = shard(ShardOptions(str(archive), tmp_path / "val-archive", devkit=str(devkit), **options))
+    from_folder = shard(ShardOptions(folder, tmp_path / "val-folder", **options))
+    assert [record.sha256 for record in from_archive.shards] == [record.sha256 for record in from_folder.shards]
+    assert from_archive.classes == manifest.classes
+    assert sorted(samples_of(from_archive).values()) == sorted(samples_of(manifest).values())
+
+
+def test_timm_and_ffcv_see_the_same_pictures(manifest, imagenet_sample) -> None:
+    """timm bit for bit; ffcv, whose decoder is another, within 2.5 levels of 255 on a picture's mean."""
+    from timm.data import create_dataset
+
+    paths = imagenet_sample.glob("*/*")
+    expected = sorted((decode_rgb(path.read_bytes()).tobytes(), path.parent.name) for path in paths)
+    dataset = create_dataset("wds/", root=str(manifest.folder), split="train")
+    found = sorted((np.asarray(image).tobytes(), manifest.classes[label]) for image, label in dataset)
+    assert found == expected
+
+    reader = BetonReader(manifest.folder / manifest.beton.name)
+    tars = list(samples_of(manifest).values())
+    for sample_id, (data, label) in enumerate(tars):
+        assert bytes(reader.payload(sample_id)) == data
+        assert manifest.classes[int(reader.labels[sample_id])] == label
+        difference = np.abs(reader.picture(sample_id).astype(int) - decode_rgb(data)).mean()
+        assert difference < 2.5
+
+
+def test_reduced_pictures_look_the_same(imagenet_sample, tmp_path) -> None:
+    """PSNR against Pillow's box filter, of the pixels that a JPEG of quality 90 keeps: median 36 dB or more."""
+    picture = PictureOptions(max_side=256)
+    written = shard(ShardOptions(imagenet_sample, tmp_path / "out", picture=picture, samples_per_shard=100))
+    reduced = {key: decode_rgb(data) for key, (data, _) in samples_of(written).items()}
+    signal_to_noise = []
+    for path in imagenet_sample.glob("*/*.JPEG"):
+        pixels = reduced[path.stem]
+        original = Image.open(path).convert("RGB")
+        assert max(pixels.shape[:2]) == min(256, max(original.size))
+        ideal = np.asarray(original.resize(pixels.shape[1::-1], Image.Resampling.BOX)).astype(float)
+        signal_to_noise.append(10 * np.log10(255**2 / ((pixels - ideal) ** 2).mean()))
+    assert np.median(signal_to_noise) > 36 and min(signal_to_noise) > 28
 
 
 def test_both_readers_give_the_same_pictures(manifest) -> None:

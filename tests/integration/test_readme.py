@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
+from twins import parquet_files, train_tar, val_twin
 
 REPOSITORY = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -21,6 +23,13 @@ RUN_ELSEWHERE = {"make demo", "make test", "tensorboard --logdir runs"}
 # A cluster's launches are printed; torchrun and the trainer take two small steps on the CPU.
 SMALL = shlex.split("--global-batch 16 --micro-batch 8 --epochs 9 --stop-after-steps 2 --data.workers 0")
 SMALL += shlex.split("--model.options embed_dim 48 depth 12 num_heads 3 --augment.randaugment None")
+
+
+SMALL_BENCHMARKS = {
+    "loader": ["--batch", "4", "--workers", "0", "--image-size", "32"],
+    "noise": ["--megabytes", "1"],
+    "shards": ["--source", "TWIN/data/imagenet/train", "--members", "100"],
+}
 
 
 def readme_commands() -> list[str]:
@@ -40,6 +49,16 @@ def twin(tmp_path_factory) -> Path:
             for i in range(count):
                 pixels = random.randint(0, 256, (48, 64, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{name}_{i}.JPEG", format="JPEG")
+    downloads = root / "data/downloads"
+    downloads.mkdir()
+    train_tar(root / "data/imagenet/train", downloads / "ILSVRC2012_img_train.tar")
+    val_twin(root / "data/imagenet/val", downloads)
+    (downloads / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+    parquet_files(root / "data/imagenet/train", root / "data/hub")
+    (root / "data/others").mkdir()
+    with webdataset.TarWriter(str(root / "data/others/part-0.tar")) as tar:
+        for number, path in enumerate(sorted(root.glob("data/imagenet/val/*/*"))):
+            tar.write({"__key__": f"{number:06d}", "jpg": path.read_bytes(), "cls": number % 2})
     return root
 
 
@@ -48,7 +67,8 @@ def adapted(line: str, root: Path) -> list[str]:
     line = re.sub(r"(?<![\w.])/(data|shared)/", f"{root}/\\1/", line).replace(
         f"{root}/shared/shards", f"{root}/data/shards"
     )
-    words = [str(root / word) if word.startswith(("runs/", "exported/")) else word for word in shlex.split(line)]
+    own = ("runs/", "exported/", "sheet.png", "stats.html")
+    words = [str(root / word) if word.startswith(own) else word for word in shlex.split(line)]
     if words[0] == "torchrun":
         words = [word if word != "8" else "2" for word in words[1:]]
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, *SMALL]
@@ -60,8 +80,7 @@ def adapted(line: str, root: Path) -> list[str]:
     if words[2:4] == ["jobs", "kubernetes"]:
         words += ["--mount-path", f"{root}/data"]
     if words[2] == "benchmarks":
-        words += ["--rounds", "1"]
-        words += ["--batch", "4", "--workers", "0", "--image-size", "32"] if "loader" in words else ["--megabytes", "1"]
+        words += ["--rounds", "1", *(word.replace("TWIN", str(root)) for word in SMALL_BENCHMARKS[words[3]])]
         words += ["--output", str(root / "results.jsonl")]
     return words
 
@@ -79,5 +98,7 @@ def test_every_command_runs(twin) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         if "evaluate" in words and "--noise.kind" in words:
             assert "per image" in done.stdout and "transductive" in done.stdout
+        if "verify" in words:
+            assert "0 faults" in done.stdout
         if "slurm" in words:
             assert done.stdout.startswith("#!/bin/bash") and "#SBATCH --nodes=4" in done.stdout

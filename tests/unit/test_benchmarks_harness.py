@@ -212,7 +212,8 @@ def _imported_at_the_top(path: Path) -> set[str]:
 def test_imports_go_one_way_and_kernels_are_measured_without_command_line_libraries():
     for path in (REPOSITORY / "benchmarks").glob("*.py"):
         own = {name for name in _imported_at_the_top(path) if name.startswith("data_prep")}
-        assert own <= {"data_prep.manifest"}, path
+        # Only what measures data_prep itself needs more of it than the contract.
+        assert own <= {"data_prep.manifest"} or path.stem in ("shards", "shard_peers", "plan_memory"), path
     for name in ("harness", "noise"):  # the smallest GPU environment has none of these
         top = _imported_at_the_top(REPOSITORY / "benchmarks" / f"{name}.py")
         assert not top & {"tyro", "rich", "webdataset", "ffcv", "deepspeed"}

@@ -1,14 +1,22 @@
 """Damaged .betons: each is refused by name, when opened or when read, and never gives a wrong picture."""
 
 import dataclasses
-import warnings
+import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_shards import beton, jpeg
 
-from data_prep.manifest import read_manifest, write_manifest
+from data_prep.manifest import pack_index, read_manifest, unpack_index, write_manifest
+
+
+@pytest.fixture(params=["jpg", "raw"])
+def any_copy(request, tmp_path) -> Path:
+    """A copy to damage, of either form; the manifest's path."""
+    manifest = request.getfixturevalue(f"{request.param}_split")
+    return Path(shutil.copytree(manifest.parent, tmp_path / "copy")) / manifest.name
 
 
 class Beton:
@@ -49,29 +57,20 @@ BREAKS = {
 }
 
 
-# Without the indexes' CRCs a whole JPEG of another picture, of the same size, cannot be told from the right one.
-CASES = [(name, True) for name in BREAKS] + [(name, False) for name in BREAKS if name != "another picture"]
-
-
-@pytest.mark.parametrize(("name", "indexes"), CASES)
-def test_a_broken_jpeg_in_a_beton_is_refused(split_copy, name, indexes):
-    payload = Beton(split_copy).payload(7)
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_picture_in_a_beton_is_refused(any_copy, name):
+    payload = Beton(any_copy).payload(7)
     payload[:] = BREAKS[name](payload)
-    if not indexes:
-        for path in split_copy.parent.glob("*.idx"):
-            path.unlink()
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        reader = beton(split_copy)
+    reader = beton(any_copy)
     reader.batch(np.array([6]), epoch=0)  # a good one first, whose buffer must not come again
     with pytest.raises(ValueError, match=r"sample 7 of .*train\.beton"):
         reader.batch(np.array([6, 7]), epoch=0)
 
 
-def test_every_single_bit_flip_in_a_beton_is_refused(split_copy):
-    """ffcv's decoder takes four of five such pictures without a word; the shards' CRCs know them all."""
-    tables = Beton(split_copy)
-    payload, reader = tables.payload(7), beton(split_copy)
+def test_every_single_bit_flip_in_a_beton_is_refused(any_copy):
+    """ffcv's decoder takes four of five such JPEGs without a word, and of raw pixels all."""
+    tables = Beton(any_copy)
+    payload, reader = tables.payload(7), beton(any_copy)
     good = payload.copy()
     rng = np.random.RandomState(0)
     for _ in range(60):
@@ -82,12 +81,37 @@ def test_every_single_bit_flip_in_a_beton_is_refused(split_copy):
     reader.batch(np.array([7]), epoch=0)
 
 
-def test_a_beton_without_indexes_says_that_it_checks_no_crcs(split_copy):
+def test_an_index_that_is_missing_damaged_or_another_s_is_refused(split_copy, raw_split):
+    path = split_copy.parent / "train.beton.idx"
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:40] + bytes([good[40] ^ 1]) + good[41:], (raw_split.parent / path.name).read_bytes()):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"train\.beton\.idx is not the index"):
+            beton(split_copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train\.beton\.idx is missing.*CRCs"):
+        beton(split_copy)
+
+
+def test_an_index_that_says_otherwise_than_the_file_is_refused(split_copy):
+    """With its true hash in the manifest."""
+    manifest = read_manifest(split_copy)
+    path = split_copy.parent / "train.beton.idx"
+    entries = unpack_index(path.read_bytes(), path)
+    for change in ({"offset": entries[4].offset}, {"size": entries[3].size - 1}, {"label": (entries[3].label + 1) % 3}):
+        data = pack_index([*entries[:3], entries[3]._replace(**change), *entries[4:]])
+        path.write_bytes(data)
+        record = dataclasses.replace(manifest.beton, index_sha256=hashlib.sha256(data).hexdigest())
+        write_manifest(dataclasses.replace(manifest, beton=record))
+        with pytest.raises(ValueError, match="sample 3 has other metadata than"):
+            beton(split_copy)
+
+
+def test_shards_are_not_needed_to_read_a_beton(split_copy):
     expected = beton(split_copy).batch(np.array([1, 2]), None).images
-    (split_copy.parent / "train-000000.idx").unlink()
-    with pytest.warns(UserWarning, match=r"train\.beton is read without CRCs"):
-        reader = beton(split_copy)
-    assert reader.batch(np.array([1, 2]), None).images.equal(expected)
+    for path in split_copy.parent.glob("train-*"):
+        path.unlink()
+    assert beton(split_copy).batch(np.array([1, 2]), None).images.equal(expected)
 
 
 def swap_pointers(tables: Beton) -> None:
@@ -167,7 +191,7 @@ def test_a_size_too_short_is_refused(split_copy):
     tables = Beton(split_copy)
     set_size(int(tables.table["size"][tables.place(3)]) - 40)(tables)
     with pytest.raises(ValueError, match="sample 3"):
-        beton(split_copy).batch(np.array([3]), epoch=0)
+        beton(split_copy)
 
 
 def test_a_beton_that_is_missing_cut_or_not_recorded(split_copy):

@@ -1,6 +1,8 @@
 """python -m data_prep as a user runs it: subprocesses, exit statuses, one message, nothing half-written."""
 
 import hashlib
+import io
+import json
 import os
 import signal
 import subprocess
@@ -132,9 +134,6 @@ def test_other_bad_options_are_refused():
     for kind, fixed, option, value in [
         (ShardOptions, shard, "seed", -1),
         (ShardOptions, shard, "processes", 0),
-        (ShardOptions, shard, "max_megapixels", 0.0),
-        (ShardOptions, shard, "max_megapixels", float("nan")),
-        (ShardOptions, shard, "max_megapixels", 1000.0),
         (ShardOptions, shard, "split", ""),
         (BetonOptions, {"manifest": Path("a")}, "max_resolution", 0),
         (BetonOptions, {"manifest": Path("a"), "max_resolution": 9}, "jpeg_quality", 0),
@@ -219,3 +218,76 @@ def test_a_killed_writer_leaves_whole_shards_only_and_goes_on(tmp_path):
     assert (out / "train.manifest.json").read_bytes() == (tmp_path / "whole" / "train.manifest.json").read_bytes()
     # At most the shard that was open is done again.
     assert sum(path.stat().st_mtime_ns != time_before for path, time_before in kept.items()) <= 1
+
+
+def test_a_summary_for_scripts(source, tmp_path):
+    (source / "ant" / "9.png").write_bytes(_png())
+    (source / "bee" / "9.jpg").write_bytes(b"no picture")
+    done = run("shard", "--source", source, "--out", tmp_path / "out", "--on-error", "skip", "--json")
+    assert done.returncode == 0 and "bee/9.jpg: is not a picture" in done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["images"], summary["shards"], summary["classes"]) == (7, 1, 2)
+    assert summary["repaired"] == {"PNG, mode RGB": 1} and summary["skipped"] == {"is not a picture": 1}
+    assert summary["seconds"] > 0 and summary["images_per_second"] > 0 and summary["megabytes_per_second"] > 0
+    path = tmp_path / "out" / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run("verify", tmp_path / "out" / "train.manifest.json", "--json")
+    assert done.returncode == 1
+    assert any("train-000000.tar" in fault for fault in json.loads(done.stdout)["faults"])
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_tasks_of_a_slurm_array_and_their_end(source, tmp_path):
+    out = tmp_path / "out"
+    array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    arguments = ("shard", "--source", source, "--out", out, "--samples-per-shard", 2)
+    first = run(*arguments, **array, SLURM_ARRAY_TASK_ID="0")
+    assert first.returncode == 0 and f"python -m data_prep finalize --out {out} --split train" in first.stdout
+    assert_refused(run("finalize", "--out", out), "1 of 3 shards", "train-000001.tar")
+    assert run(*arguments, **array, SLURM_ARRAY_TASK_ID="1").returncode == 0
+    end = run("finalize", "--out", out)
+    assert end.returncode == 0 and "6 pictures, 2 classes, 3 shards" in end.stdout
+    assert "0 faults" in run("verify", out / "train.manifest.json").stdout
+
+
+def test_foreign_tars_are_indexed_looked_at_and_counted(source, tmp_path):
+    assert run("shard", "--source", source, "--out", tmp_path / "own").returncode == 0
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "own" / "train-000000.tar").rename(tmp_path / "tars" / "a.tar")
+    bare = run("index", tmp_path / "tars" / "a.tar")
+    assert bare.returncode == 0 and "index --hash" in bare.stdout
+    assert run("verify", tmp_path / "tars" / "train.manifest.json").returncode == 1
+    assert run("index", tmp_path / "tars", "--hash").returncode == 0
+    assert "0 faults" in run("verify", tmp_path / "tars" / "train.manifest.json").stdout
+    sheet = run("inspect", tmp_path / "tars" / "a.tar", "--output", tmp_path / "sheet.png")
+    assert sheet.returncode == 0 and "6 pictures" in sheet.stdout
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+    counted = run("stats", tmp_path / "tars" / "train.manifest.json", "--json")
+    assert counted.returncode == 0, counted
+    assert json.loads(counted.stdout)["splits"][0]["name"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("shard", "--source", "a", "--out", "b", "--max-side", "9", "--short-side", "9"), ("exclude one another",)),
+        (
+            ("shard", "--source", "a", "--out", "b", "--jpeg-quality", "80"),
+            ("--jpeg-quality 80", "would change nothing"),
+        ),
+        (("shard", "--source", "a", "--out", "b", "--task", "2"), ("--task 2", "--num-tasks")),
+        (("shard", "--source", "nostore://a", "--out", "b"), ("nostore://a", "URL that fsspec knows")),
+        (("finalize", "--out", "no-such-folder"), ("no-such-folder", "run `shard` first")),
+        (("index", "no-such.tar"), ("no-such.tar", "name WebDataset tars")),
+        (("inspect", "no-such.tar"), ("no-such.tar",)),
+        (("stats", "no-such.manifest.json"), ("no-such.manifest.json",)),
+    ],
+)
+def test_more_bad_options_are_refused(arguments, words, tmp_path):
+    assert_refused(run(*arguments), *words)
+    assert not (REPOSITORY / "b").exists()

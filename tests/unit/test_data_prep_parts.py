@@ -1,36 +1,19 @@
-"""data_prep's parts one by one: manifest and index, sources, plan, pictures, digits, workers."""
+"""data_prep's parts one by one: manifest and index, ImageFolder, plan, digits, workers."""
 
 import dataclasses
-import io
+import hashlib
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from data_prep import images, manifest, plan, sources, workers
+from data_prep import manifest, plan, sources, workers
 from data_prep.digits import VAL_PER_CLASS, DigitsOptions, choose_splits, write_digits
-
-
-def encoded(array_or_image, format="JPEG", **options) -> bytes:
-    image = array_or_image if isinstance(array_or_image, Image.Image) else Image.fromarray(array_or_image)
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def gradient() -> np.ndarray:
-    """uint8 (48, 64, 3), smooth, so that a JPEG of it stays close."""
-    y, x = np.mgrid[0:48, 0:64]
-    return np.stack([x * 4, y * 5, 255 - x * 2 - y], axis=-1).astype(np.uint8)
-
+from data_prep.sources.image_folder import ImageFolder
 
 # ---- manifest and index ----
 
@@ -44,9 +27,10 @@ def whole(tmp_path) -> manifest.Manifest:
         shards=(manifest.ShardRecord("train-000000.tar", 5, 10240, "ab", "cd"),),
         source={"kind": "image-folder"},
         options={"seed": 0},
-        repaired=(manifest.Note("a_1", "a/1.png: PNG, mode P"),),
-        skipped=(manifest.Note("a_2", "a/2.jpg: the file is empty"),),
-        beton=manifest.BetonRecord("train.beton", 5, 99, "ef", "jpg", None, None),
+        repaired=(manifest.Note("a_1", "a/1.png", "PNG, mode P"),),
+        skipped=(manifest.Note("a_2", "a/2.jpg", "the file is empty"),),
+        beton=manifest.BetonRecord("train.beton", 5, 99, "ef", "01", "jpg", None, None),
+        class_names=("tench, Tinca tinca", "goldfish"),
         folder=tmp_path,
     )
 
@@ -58,8 +42,9 @@ def test_manifest_round_trip(whole):
     assert again.folder == whole.folder
     assert again.num_samples == 5
     assert again.shards[0].index_name == "train-000000.idx"
-    without = dataclasses.replace(whole, beton=None)
-    assert manifest.read_manifest(manifest.write_manifest(without)) == without
+    for change in ({"beton": None}, {"shards": ()}, {"class_names": ()}):
+        other = dataclasses.replace(whole, **change)
+        assert manifest.read_manifest(manifest.write_manifest(other)) == other
 
 
 def _drop(name):
@@ -83,8 +68,11 @@ def _put(name, value):
         _put("classes", [1, 2]),
         _put("shards", None),
         _put("shards", [5]),
-        _put("shards", []),
         _put("beton", 5),
+        _put("class_names", ["one"]),
+        _put("class_names", [1, 2]),
+        lambda body: body.update(shards=[], beton=None),
+        lambda body: body["beton"].update(samples=4) or body.update(shards=[]),
         _put("source", []),
         _put("unknown", 1),
         _drop("shards"),
@@ -163,7 +151,7 @@ def test_image_folder_lists_as_torchvision_does(tmp_path):
     names = ["b/2.JPEG", "b/10.png", "b/sub/1.jpg", "b/Z.webp", "a/x.bmp", "a/sub.d/x.jpeg", "C/1.jpg"]
     for name in [*names, "a/.DS_Store", ".git/config"]:
         touch(tmp_path / name)
-    listing = sources.ImageFolder(tmp_path).scan()
+    listing = ImageFolder(tmp_path).scan()
     from torchvision.datasets.folder import find_classes, make_dataset
 
     classes, _ = find_classes(str(tmp_path))
@@ -172,8 +160,9 @@ def test_image_folder_lists_as_torchvision_does(tmp_path):
         str(tmp_path), {name: classes.index(name) for name in classes}, (*sources.PICTURE_SUFFIXES, ".x")
     )
     assert list(listing.classes) == classes == ["C", "a", "b"]
-    assert [(str(tmp_path / s.path), s.label) for s in listing.samples] == theirs
-    assert len(listing.samples) == len(names)
+    paths = [str(tmp_path / path) for path in listing.paths]
+    assert list(zip(paths, listing.labels.tolist(), strict=True)) == theirs
+    assert len(listing) == len(names)
 
 
 def test_keys_trace_back_and_are_unique(tmp_path):
@@ -189,8 +178,8 @@ def test_keys_trace_back_and_are_unique(tmp_path):
     names += [f"n02/{'long' * 40}{i}.jpg" for i in range(3)]
     for name in names:
         touch(tmp_path / name)
-    samples = sources.ImageFolder(tmp_path).scan().samples
-    keys = {s.path: s.key for s in samples}
+    listing = ImageFolder(tmp_path).scan()
+    keys = dict(zip(listing.paths, listing.keys, strict=True))
     assert keys["n01/n01_7.JPEG"] == "n01_7"
     assert keys["n02/sub/q.jpg"] == "n02_sub_q"
     assert len(set(keys.values())) == len(names)
@@ -201,114 +190,83 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     touch(tmp_path / "store" / "1.jpg")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a").symlink_to(tmp_path / "store")
-    assert [s.path for s in sources.ImageFolder(tmp_path / "set").scan().samples] == ["a/1.jpg"]
+    assert ImageFolder(tmp_path / "set").scan().paths == ["a/1.jpg"]
     (tmp_path / "store" / "loop").symlink_to(tmp_path / "store")
     with pytest.raises(ValueError, match=r"loop.*remove it"):
-        sources.ImageFolder(tmp_path / "set").scan()
+        ImageFolder(tmp_path / "set").scan()
 
 
 def test_listing_digest_sees_names_labels_and_order():
-    one, two = sources.Sample("k", "a/1.jpg", 0), sources.Sample("l", "a/2.jpg", 0)
-    relabelled = dataclasses.replace(one, label=1)
-    digests = {sources.Listing(("a",), s).sha256() for s in [(one, two), (two, one), (one,), (relabelled, two)]}
-    assert len(digests) == 4
+    def digest(*pairs: tuple[str, int]) -> str:
+        builder = sources.ListingBuilder(("a", "b"))
+        for path, label in pairs:
+            builder.add(path, label)
+        return builder.listing().sha256()
+
+    one, two = ("a/1.jpg", 0), ("a/2.jpg", 0)
+    variants = [(one, two), (two, one), (one,), (("a/1.jpg", 1), two)]
+    assert len({digest(*pairs) for pairs in variants}) == 4
+    many = [(f"a/{i}.jpg", i % 2) for i in range(10_000)]
+    assert digest(*many) == hashlib.sha256("".join(f"{p}\0{label}\n" for p, label in many).encode()).hexdigest()
 
 
 def test_plan_is_a_stable_shuffled_partition():
-    shards = plan.plan_shards(1000, 64, seed=3)
+    def plan_of(*arguments, **options) -> list[list[int]]:
+        return [shard.tolist() for shard in plan.plan_shards(*arguments, **options)]
+
+    shards = plan_of(1000, 64, seed=3)
     assert [len(s) for s in shards] == [64] * 15 + [40]
     flat = [i for s in shards for i in s]
     assert sorted(flat) == list(range(1000))
     assert flat != list(range(1000))
-    assert plan.plan_shards(1000, 100, seed=3)[0][:64] == shards[0]  # the order does not depend on the shard's size
-    assert plan.plan_shards(1000, 64, seed=4) != shards
-    assert plan.plan_shards(5, 2, seed=3, keep_order=True) == [[0, 1], [2, 3], [4]]
-    # Golden: a sample id is for ever. If this fails, LAYOUT_VERSION of distribute.py must change.
-    assert plan.plan_shards(10, 10, seed=0)[0] == [3, 7, 5, 2, 8, 4, 9, 1, 6, 0]
+    assert plan_of(1000, 100, seed=3)[0][:64] == shards[0]  # the order does not depend on the shard's size
+    assert plan_of(1000, 64, seed=4) != shards
+    assert plan_of(5, 2, seed=3, keep_order=True) == [[0, 1], [2, 3], [4]]
+    # Golden: a sample id is for ever. If this fails, LAYOUT_VERSION of parts.py must change.
+    assert plan_of(10, 10, seed=0)[0] == [3, 7, 5, 2, 8, 4, 9, 1, 6, 0]
 
 
-# ---- pictures ----
+@pytest.mark.parametrize("runs", [[10] * 40, [7, 1, 30, 22, 100, 240], [400]])
+def test_a_shard_meets_as_few_runs_as_it_can(runs):
+    run_of = np.repeat(np.arange(len(runs)), runs)
+    shards = plan.plan_shards(400, 50, seed=1, runs=runs)
+    assert sorted(np.concatenate(shards).tolist()) == list(range(400))
+    # Cutting a line of runs into 8 pieces divides 7 runs at most.
+    assert sum(len(set(run_of[shard])) for shard in shards) <= len(runs) + len(shards) - 1
+    assert any(np.diff(shard).min() < 0 for shard in shards)  # shuffled inside, too
+    kept = plan.plan_shards(400, 50, seed=1, keep_order=True, runs=runs)
+    assert np.concatenate(kept).tolist() == list(range(400))
 
 
-def test_plain_jpegs_pass_through_byte_for_byte(gradient):
-    for data in (
-        encoded(gradient),
-        encoded(gradient, progressive=True),
-        encoded(gradient[..., 0]),
-        encoded(gradient) + b"trailing bytes",
-        encoded(gradient, exif=b"Exif\0\0broken"),
-        encoded(gradient[:1, :1]),
-        encoded(gradient, "MPO", save_all=True, append_images=[Image.fromarray(gradient[::-1])]),
-    ):
-        assert images.prepare_picture(data, 50) == (data, None)
+def test_imagenet_s_plan_and_manifest_stay_under_600_megabytes():
+    code = """
+from data_prep.manifest import Manifest, Note, ShardRecord, parse_manifest
+from data_prep.plan import plan_shards, shard_name
+from data_prep.sources import ListingBuilder
+from pathlib import Path
 
-
-def test_exif_rotation_is_not_applied(gradient):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees"
-    for format in ("JPEG", "PNG"):
-        data, _ = images.prepare_picture(encoded(gradient, format, exif=exif), 50)
-        assert images.decode_rgb(data).shape == gradient.shape
-
-
-def quirks(gradient):
-    grey = gradient[..., 0]
-    colour = Image.fromarray(gradient)
-    rgba = np.dstack([gradient, np.full(grey.shape, 9, np.uint8)])
-    as_grey = np.repeat(grey[..., None], 3, -1)
-    return {
-        "PNG, mode RGB": (encoded(gradient, "PNG"), gradient),
-        "PNG, mode RGBA": (encoded(rgba, "PNG"), gradient),
-        "PNG, mode P": (p := encoded(colour.quantize(64), "PNG"), np.asarray(Image.open(io.BytesIO(p)).convert("RGB"))),
-        "PNG, mode I;16": (encoded((grey.astype(np.uint16) << 8) + 255, "PNG"), as_grey),
-        "PNG, mode 1": (encoded(Image.fromarray(grey > 128), "PNG"), np.where(as_grey > 128, 255, 0)),
-        "JPEG, mode CMYK": (c := encoded(colour.convert("CMYK")), np.asarray(Image.open(io.BytesIO(c)).convert("RGB"))),
-        "WEBP, mode RGB": (encoded(gradient, "WEBP", lossless=True), gradient),
-        "BMP, mode RGB": (encoded(gradient, "BMP"), gradient),
-        "GIF, mode P": (encoded(grey, "GIF"), as_grey),
-    }
-
-
-def test_quirks_become_rgb_jpegs_that_look_the_same(gradient):
-    for reason, (data, looks) in quirks(gradient).items():
-        jpeg, why = images.prepare_picture(data, 50)
-        assert why == reason
-        with Image.open(io.BytesIO(jpeg)) as image:
-            assert (image.format, image.mode) == ("JPEG", "RGB")
-            difference = np.abs(np.asarray(image).astype(int) - looks)
-        assert difference.mean() < 3, reason
-        assert images.prepare_picture(jpeg, 50) == (jpeg, None)
-
-
-def _png_header(width, height) -> bytes:
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return start + struct.pack(">I", 10) + b"IDAT"
-
-
-def test_pictures_that_cannot_be_used_are_refused(gradient):
-    jpeg = encoded(gradient)
-    for data, reason in [
-        (b"", "empty"),
-        (b"hello, I am no picture", "not a picture"),
-        (jpeg[:-200], "truncated"),
-        (jpeg[:-20], "truncated"),
-        (encoded(gradient, "PNG")[:-60], "decoded"),
-        (_png_header(9000, 9000), "81.0 megapixels"),
-        (_png_header(60000, 60000), "megapixels"),
-        (encoded(np.zeros((1, 70000, 3), np.uint8), "PNG"), "written as a JPEG"),
-        (encoded(np.ones((4, 4), np.float32), "TIFF"), "floating-point"),
-    ]:
-        with pytest.raises(images.PictureError, match=reason):
-            images.prepare_picture(data, 50)
-
-
-def test_size_limit_is_the_header_s(gradient):
-    data = encoded(gradient)
-    megapixels = gradient.shape[0] * gradient.shape[1] / 1e6
-    assert images.prepare_picture(data, megapixels) == (data, None)
-    with pytest.raises(images.PictureError, match="64x48"):
-        images.prepare_picture(data, megapixels * 0.99)
+builder = ListingBuilder([f"n{label:08d}" for label in range(1000)])
+for i in range(1_281_167):
+    label = i * 1000 // 1_281_167
+    builder.add(f"n{label:08d}/n{label:08d}_{i}.JPEG", label)
+listing = builder.listing()
+del builder
+plan = plan_shards(len(listing), 1000, 0)
+records = tuple(ShardRecord(shard_name("train", i), len(ids), 1, "0" * 64, "0" * 64) for i, ids in enumerate(plan))
+notes = tuple(Note(listing.keys[i], listing.paths[i], "grey") for i in range(20_000))
+source = {"listing_sha256": listing.sha256()}
+counts = [0] * 1000
+for label in listing.labels:
+    counts[label] += 1
+manifest = Manifest("train", listing.classes, tuple(counts), records, source, {}, repaired=notes)
+assert parse_manifest(manifest.to_json().encode(), "m", Path()) == manifest
+# A process inherits ru_maxrss of the one that started it; this peak is its own.
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(int(peak.split()[1]) // 1024)
+"""
+    root = os.path.dirname(os.path.dirname(manifest.__file__))
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True, text=True)
+    assert int(done.stdout) < 600
 
 
 # ---- digits ----

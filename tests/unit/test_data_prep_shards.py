@@ -10,7 +10,7 @@ from source_pictures import CLASSES, PER_CLASS, assert_same_picture, check, cont
 
 from data_prep import manifest as manifest_module
 from data_prep.images import decode_rgb
-from data_prep.sources import ImageFolder
+from data_prep.sources.image_folder import ImageFolder
 from data_prep.tar_shards import read_index, read_pictures
 
 # ---- what is in the shards ----
@@ -22,9 +22,9 @@ def test_tarfile_reads_the_source_s_pictures_and_labels(source, shards):
     assert manifest.classes == CLASSES
     assert manifest.class_counts == (PER_CLASS,) * 3
     assert [s.samples for s in manifest.shards] == [7, 7, 7, 3]
-    assert {(note.key, note.reason) for note in manifest.repaired} == {
-        (f"{name}_1", f"{name}/1.JPEG: PNG, mode RGB") for name in CLASSES
-    }
+    png = {(f"{name}_1", f"{name}/1.JPEG", "PNG, mode RGB") for name in CLASSES}
+    grey = {(f"{name}_2", f"{name}/2.JPEG", "JPEG, mode L") for name in CLASSES}
+    assert {(note.key, note.path, note.reason) for note in manifest.repaired} == png | grey
     seen = []
     for record in manifest.shards:
         entries = read_index(shards, record)
@@ -46,7 +46,7 @@ def test_tarfile_reads_the_source_s_pictures_and_labels(source, shards):
 
 def test_originals_are_passed_through_unchanged(source, shards):
     with tarfile.open(shards / "train-000000.tar") as tar:
-        for name in (n for n in tar.getnames() if n.endswith(".jpg") and not n.endswith("_1.jpg")):
+        for name in (n for n in tar.getnames() if n.endswith(".jpg") and not n.endswith(("_1.jpg", "_2.jpg"))):
             label, stem = name.removesuffix(".jpg").split("_")
             assert tar.extractfile(name).read() == (source / label / f"{stem}.JPEG").read_bytes()
 
@@ -57,7 +57,7 @@ def test_keep_order_is_the_source_s(source, tmp_path):
     for path in sorted((tmp_path / "out").glob("*.tar")):
         with tarfile.open(path) as tar:
             keys += [n.removesuffix(".jpg") for n in tar.getnames() if n.endswith(".jpg")]
-    assert keys == [sample.key for sample in ImageFolder(source).scan().samples]
+    assert keys == ImageFolder(source).scan().keys
 
 
 def test_same_bytes_for_any_processes_and_on_a_second_run(source, shards, tmp_path):

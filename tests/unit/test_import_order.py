@@ -85,7 +85,7 @@ def order_faults(root: Path) -> list[str]:
         if package == "data_prep":
             faults += [f"{name} imports {i}" for i in ours if not i.startswith("data_prep")]
             faults += [f"{name} imports torch" for i in found if i in ("torch", "torchvision", "timm", "numba")]
-            if "ffcv" in found and name != "data_prep.beton":
+            if "ffcv" in found and name != "data_prep.beton_reader":
                 faults.append(f"{name} imports ffcv, which brings torch")
         elif package == "jobs":
             allowed = ("jobs", "pipeline.recipes")
@@ -180,7 +180,7 @@ def test_the_checker_sees_the_whole_tree():
     assert {"pipeline.checkpoint", "pipeline.data.order", "torch", "timm"} <= found
     # Imports inside functions.
     assert "pipeline.checkpoint" in imports_of("pipeline.models", modules["pipeline.models"], modules)
-    assert "ffcv" in imports_of("data_prep.beton", modules["data_prep.beton"], modules)
+    assert "ffcv" in imports_of("data_prep.beton_reader", modules["data_prep.beton_reader"], modules)
 
 
 @pytest.mark.parametrize("path", ["pipeline/recipes/__init__.py", "pipeline/__main__.py", "pipeline/doctor.py"])
@@ -192,7 +192,7 @@ def test_what_must_run_without_torch_imports_the_standard_library_alone(path):
 GOOD = {
     "data_prep/__init__.py": "",
     "data_prep/manifest.py": "import json",
-    "data_prep/beton.py": "def f():\n    import ffcv\n    from data_prep.manifest import x",
+    "data_prep/beton_reader.py": "def f():\n    import ffcv\n    from data_prep.manifest import x",
     "pipeline/__init__.py": "",
     "pipeline/noise/__init__.py": "",
     "pipeline/noise/config.py": "import torch",
@@ -231,7 +231,7 @@ def test_a_good_tree_has_no_fault(tmp_path):
         ("data_prep/plan.py", "def f():\n    from torch import nn", "data_prep.plan imports torch"),
         ("data_prep/plan.py", "import ffcv.fields", "data_prep.plan imports ffcv"),
         ("data_prep/manifest.py", "import numpy", "data_prep.manifest imports numpy"),
-        ("data_prep/manifest.py", "from data_prep.beton import x", "data_prep.manifest imports data_prep.beton"),
+        ("data_prep/manifest.py", "from data_prep.beton_reader import x", "data_prep.manifest imports data_prep.beton"),
         ("pipeline/data/order.py", "from data_prep.beton import x", "of data_prep only the manifest"),
         ("pipeline/data/order.py", "def f():\n    from pipeline.train import x", "pipeline.data.order imports"),
         ("pipeline/data/order.py", "from pipeline import evaluate", "imports pipeline.evaluate, which comes after"),
