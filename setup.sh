@@ -37,8 +37,22 @@ install_packages() {
     [ -z "$missing" ] || fail "still missing after apt-get: $missing"
 }
 
+# The check of JPEGs that pass through into shards. Without it Python's own is used, which is ten times slower.
+build_native() {
+    local source=data_prep/csrc/jpeg_check.c library=data_prep/csrc/jpeg_check.so compiler
+    [ "$source" -nt "$library" ] || return 0
+    compiler=$(command -v "${CC:-cc}" || command -v gcc || true)
+    if [ -z "$compiler" ]; then
+        echo "NO C COMPILER: JPEGs are checked in Python, at 100 us each instead of 10" >&2
+        return 0
+    fi
+    "$compiler" -O2 -std=c11 -shared -fPIC -o "$library.tmp" "$source"
+    mv "$library.tmp" "$library"
+}
+
 wanted() { cat requirements.txt; "$python" -c 'import sys; print(sys.version)'; }
 
+build_native
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted | sha256sum)" ]; then
     exit 0
 fi

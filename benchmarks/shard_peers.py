@@ -94,10 +94,13 @@ def write_ffcv(path: Path, paths: list[str], labels: list[int], longest_side: in
 
 def beton_pictures(out: Path) -> list[np.ndarray]:
     """The first pictures of train.beton, decoded by Pillow."""
-    from data_prep.beton_reader import BetonReader
+    from ffcv.reader import Reader
 
-    reader = BetonReader(out / "train.beton")
-    return [_decoded(reader.payload(i).tobytes()) for i in range(min(COMPARED, len(reader)))]
+    data = (out / "train.beton").read_bytes()
+    reader = Reader(str(out / "train.beton"))
+    sizes = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
+    places = reader.metadata["f0"]["data_ptr"][:COMPARED].tolist()
+    return [_decoded(data[place : place + sizes[place]]) for place in places]
 
 
 def tar_pictures(out: Path) -> list[np.ndarray]:

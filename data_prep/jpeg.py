@@ -10,10 +10,13 @@ import struct
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from operator import lshift
 from typing import NamedTuple
 
 import numpy as np
+
+from data_prep.native import IN_DOUBT, WELL_FORMED, jpeg_check
 
 # Frames whose pictures every JPEG decoder reads: baseline, extended sequential, progressive; all Huffman-coded.
 SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
@@ -116,6 +119,19 @@ def well_formed(data: bytes) -> Header | None:
     None says only that it is in doubt. EXIF is for exif_is_sound to judge. Nothing is decoded, so wrong pixels are not
     seen here, as by no decoder.
     """
+    verdict, found = jpeg_check(data)
+    if verdict == IN_DOUBT:
+        return None
+    if verdict != WELL_FORMED:
+        return well_formed_reference(data)
+    parts = zip(found.id, found.horizontal, found.vertical, found.quantization, strict=True)
+    components = tuple(map(Component._make, islice(parts, found.components)))
+    exif = tuple((start, end) for start, end in found.exif[: found.spans])
+    return Header(found.frame, found.precision, found.width, found.height, components, exif)
+
+
+def well_formed_reference(data: bytes) -> Header | None:
+    """The same, in Python alone: what csrc/jpeg_check.c must say of every input."""
     if not data.startswith(b"\xff\xd8"):
         return None
     position, header, scans, so_far = 2, None, 0, _SoFar()
