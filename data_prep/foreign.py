@@ -52,6 +52,8 @@ class IndexOptions:
     """Local processes; the result does not depend on it."""
 
     def __post_init__(self) -> None:
+        if not self.tars:
+            raise ValueError("name WebDataset tars, or the folder of them")
         if not self.split or not all(c.isascii() and (c.isalnum() or c in "_-") for c in self.split):
             raise ValueError(f"--split {self.split!r}: use letters, digits, _ and - only")
         if self.processes < 1:
