@@ -56,7 +56,9 @@ def _write_pictures(folder: Path) -> int:
         pixels = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)
         path = folder / split / str(digits.target[number]) / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path, quality=QUALITY)
+        picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        # In colour, as most pictures are: `shard` would mend, and list, each grey one.
+        picture.convert("RGB").save(path, quality=QUALITY)
     return len(digits.target)
 
 

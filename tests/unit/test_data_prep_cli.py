@@ -158,7 +158,7 @@ def assert_digits_are_scikit_learn_s(folder: Path) -> None:
         assert gaps.min() >= 4 and gaps.max() <= 5  # about 180 of each class, every 4.5th in val
         image = Image.open(folder / "train" / str(digit) / f"{train[5]:04d}.jpg")
         assert (image.size, image.format) == ((32, 32), "JPEG")
-        small = np.asarray(image.resize((8, 8), Image.Resampling.BOX)).astype(float)
+        small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX)).astype(float)
         assert np.corrcoef(small.ravel(), digits.images[train[5]].ravel())[0, 1] > 0.95
 
 
