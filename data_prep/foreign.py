@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,15 @@ from data_prep.sources import PICTURE_SUFFIXES
 from data_prep.sources.names import read_classes
 from data_prep.storage import Folder, LocalFolder, open_file, open_folder
 from data_prep.tar_headers import Member, members_in
-from data_prep.tar_shards import update_info
+from data_prep.tar_shards import INFO_NAME, update_info
 from data_prep.workers import Progress, map_ordered, silent
 
 SOURCE_KIND = "webdataset-tars"
 _PICTURES = frozenset(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
+_MAX_LABEL = 999_999  # far above any set's; the names of a wild number's classes would fill the memory
+_MAX_PICTURE = (1 << 32) - 1  # bytes: what an index can hold
+_BAD_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # no line of a file of classes, or no UTF-8
+_INFO_ENTRY = {"name", "num_samples", "filenames", "shard_lengths"}
 _BLOCK = 8 << 20  # bytes hashed at once: far more than it costs to hand them to a thread
 
 
@@ -92,10 +97,11 @@ class _TarJob:
 def index(options: IndexOptions, on_done: Progress = silent) -> Manifest:
     """Writes an index beside each tar, and the manifest. `on_done` hears of samples as they are indexed.
 
+    timm's `_info.json` is kept up where it is absent or of this project; another maker's stays as it is.
     Errors: ValueError or OSError naming the tar, the member and the mend; nothing is then written.
     """
     folder, names = _find(options.tars)
-    _refuse_other_manifest(folder, options.split)
+    before = _own_manifest(folder, options.split)
     jobs = [_TarJob(folder, name, options.label, options.hash) for name in names]
     found: list[_Indexed] = []
     seen: set[str] = set()
@@ -107,17 +113,26 @@ def index(options: IndexOptions, on_done: Progress = silent) -> Manifest:
         found.append(part._replace(keys=[]))
         on_done(len(part.records), part.bytes, 0)
     classes = _classes(options, found)
+    counts = _count(found, classes)
+    packed = [pack_records(part.records, options.hash) for part in found]
+    shards = tuple(_shard_record(job.name, part, data) for job, part, data in zip(jobs, found, packed, strict=True))
+    _refuse_indexes_of_other_splits(folder, options.split, shards)
     manifest = Manifest(
         split=options.split,
         classes=classes,
-        class_counts=_count(found, classes),
-        shards=tuple(_write_index(folder, job.name, part, options.hash) for job, part in zip(jobs, found, strict=True)),
+        class_counts=counts,
+        shards=shards,
         source={"kind": SOURCE_KIND, "label": options.label},
         options={},
+        beton=before.beton if before and (before.shards, before.classes) == (shards, classes) else None,
         folder=folder.path if isinstance(folder, LocalFolder) else Path(),
     )
+    for record, data in zip(shards, packed, strict=True):
+        with folder.file(record.index_name) as file:
+            file.write(data)
     write_manifest_to(folder, manifest)
-    update_info(folder, options.split, manifest)
+    if _is_own_info(folder):
+        update_info(folder, options.split, manifest)
     return manifest
 
 
@@ -142,14 +157,42 @@ def _find(tars: Sequence[str]) -> tuple[Folder, list[str]]:
     return folder, names
 
 
-def _refuse_other_manifest(folder: Folder, split: str) -> None:
+def _own_manifest(folder: Folder, split: str) -> Manifest | None:
+    """The manifest that an earlier `index` left. Errors: ValueError where it is of shards that the project wrote."""
     name = f"{split}{MANIFEST_SUFFIX}"
-    if folder.size(name) is not None:
-        before = parse_manifest(folder.read(name), folder.where(name), Path())
-        if before.source.get("kind") != SOURCE_KIND:
-            raise ValueError(
-                f"{folder.where(name)} is of shards that this project wrote: name another --split, or remove it"
-            )
+    if folder.size(name) is None:
+        return None
+    before = parse_manifest(folder.read(name), folder.where(name), Path())
+    if before.source.get("kind") != SOURCE_KIND:
+        raise ValueError(
+            f"{folder.where(name)} is of shards that this project wrote: name another --split, or remove it"
+        )
+    return before
+
+
+def _refuse_indexes_of_other_splits(folder: Folder, split: str, shards: Sequence[ShardRecord]) -> None:
+    """Errors: ValueError where the index of a tar is another manifest's too, and would no longer be what that says."""
+    new = {record.index_name: record.index_sha256 for record in shards}
+    for name in folder.names(f"*{MANIFEST_SUFFIX}"):
+        if name == f"{split}{MANIFEST_SUFFIX}":
+            continue
+        for record in parse_manifest(folder.read(name), folder.where(name), Path()).shards:
+            if new.get(record.index_name, record.index_sha256) != record.index_sha256:
+                raise ValueError(
+                    f"{folder.where(record.index_name)} is also the index of {name}, which records another: give "
+                    "--hash, --label and --classes as for that, or remove it"
+                )
+
+
+def _is_own_info(folder: Folder) -> bool:
+    """Whether timm's `_info.json` is absent, or holds what this project writes and no more."""
+    if folder.size(INFO_NAME) is None:
+        return True
+    try:
+        info = json.loads(folder.read(INFO_NAME))
+        return info.keys() == {"splits"} and all(entry.keys() == _INFO_ENTRY for entry in info["splits"].values())
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _index_tar(job: _TarJob) -> _Indexed:
@@ -189,7 +232,7 @@ def samples_in(path: Path, label: str) -> Iterator[TarSample]:
         if file.seek(0, 2) == 0:
             raise ValueError(f"{path} is empty: fetch it again")
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-            yield from _Samples(data, suffix, field, str(path)).walk()
+            yield from _Samples(data, suffix.lower(), field, str(path)).walk()
 
 
 class _Samples:
@@ -214,6 +257,8 @@ class _Samples:
                 key, picture, label = name[:dot], None, None
             ending = name[dot + 1 :].lower()
             if ending == self.suffix:
+                if label is not None:
+                    raise ValueError(f"{self.where}: sample {key!r} has two .{ending}: remove one")
                 label = member
             elif ending in _PICTURES:
                 if picture is not None:
@@ -228,10 +273,14 @@ class _Samples:
         self.seen.add(key)
         if picture is None:
             raise ValueError(f"{self.where}: sample {key!r} has no picture: remove or mend it")
+        if picture.size > _MAX_PICTURE:
+            raise ValueError(
+                f"{self.where}: {picture.name} has {picture.size:,} bytes, which no picture has: remove it"
+            )
         if label is None:
             raise ValueError(f"{self.where}: sample {key!r} has no .{self.suffix}: say where its label is with --label")
         text = self.data[label.offset : label.offset + label.size]
-        if not self.field and text.isdigit() and len(text) < 10:
+        if not self.field and text.isdigit() and len(text) <= len(str(_MAX_LABEL)):
             return TarSample(key, picture, int(text))
         return TarSample(key, picture, self._odd_label(key, label, text))
 
@@ -244,8 +293,10 @@ class _Samples:
             ) from None
         if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
             raise ValueError(f"{self.where}: the label of {key!r} is {value!r}, no number of 0 or more, nor a name")
-        if isinstance(value, int) and value >= 2**31:
+        if isinstance(value, int) and value > _MAX_LABEL:
             raise ValueError(f"{self.where}: the label of {key!r} is {value}, which is no class's number: see --label")
+        if isinstance(value, str) and (not value.strip() or _BAD_NAME.search(value)):
+            raise ValueError(f"{self.where}: the label of {key!r} is {value!r}, which is no class's name: see --label")
         return value
 
 
@@ -303,9 +354,5 @@ def _count(found: list[_Indexed], classes: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(counts.tolist())
 
 
-def _write_index(folder: Folder, name: str, part: _Indexed, crc_known: bool) -> ShardRecord:
-    data = pack_records(part.records, crc_known)
-    record = ShardRecord(name, len(part.records), part.bytes, part.sha256, hashlib.sha256(data).hexdigest())
-    with folder.file(record.index_name) as file:
-        file.write(data)
-    return record
+def _shard_record(name: str, part: _Indexed, index: bytes) -> ShardRecord:
+    return ShardRecord(name, len(part.records), part.bytes, part.sha256, hashlib.sha256(index).hexdigest())

@@ -16,9 +16,11 @@ import numpy as np
 
 BLOCK = 512
 _BATCH = 1024  # headers that are checked at once
+_FILLING = 1 << 20  # bytes behind the end marker that are looked at together
 _LARGE_MEMBERS = 32 << 10  # bytes on the mean, from which reading ahead would read the whole tar
 _REGULAR = frozenset(b"0\x007")
 _LONG_NAME, _LONG_LINK, _PAX, _GLOBAL_PAX, _FOLDER = b"LKxg5"
+_EXTENDING = frozenset((_LONG_NAME, _LONG_LINK, _PAX, _GLOBAL_PAX))
 _OTHERS = {
     ord("1"): "a hard link",
     ord("2"): "a symbolic link",
@@ -27,11 +29,13 @@ _OTHERS = {
     ord("6"): "a pipe",
     ord("S"): "a sparse file",
 }
+_MAX_DIGITS = 20  # of a size in pax records: 64 bits
 _MAX_EXTENDED = 1 << 20  # bytes of a long name or of pax records; more is an attack
 _PLAIN = rb"[A-Za-z0-9_][A-Za-z0-9_,=+@ -]*(?:[./][A-Za-z0-9_,=+@ -]+)*"
 _PLAIN_NAMES = re.compile(rb"(?:" + _PLAIN + rb"\n)*")
-# The webdataset library, and torch, run code that these may hold when they decode them.
-_EXECUTABLE = re.compile(rb"\.(?:pyd|pickle|pkl|pth|pt|ckpt|joblib|dill)\n", re.IGNORECASE)
+# The webdataset library, and torch, run code that these may hold when they decode them; webdataset unpacks .gz first.
+_EXECUTABLE = re.compile(rb"\.(?:pyd|pickle|pkl|pth|pt|ckpt|joblib|dill)(?:\.gz)*\n", re.IGNORECASE)
+_OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MEND = "do not trust this archive, or fetch it again"
 
@@ -65,7 +69,8 @@ def members_in(data: Bytes, start: int, end: int, where: str) -> Iterator[Member
 
     Errors: ValueError naming the tar and the member: names that lead out of the folder or into a program (absolute,
     `..`, `pipe:`, control characters), links, devices, members that other libraries unpickle, names that occur twice,
-    damaged headers, sizes past the end, a tar without its end marker, as a cut leaves it, or compressed.
+    damaged headers, sizes past the end, what readers would take in different ways, a tar without its end marker, as a
+    cut leaves it, or with more behind it, or compressed.
     """
     _refuse_compressed(data[start : start + 6], where)
     walk = _Walk(data, start, end, where)
@@ -93,8 +98,16 @@ class _Walk:
 
     def next_batch(self) -> list[Member]:
         """Up to _BATCH members; none at the end."""
-        if isinstance(self.data, mmap.mmap) and self.name is None and (plain := self._plain_batch(self.data)):
-            return plain
+        while not self.ended:
+            pending = self.name is not None or self.size is not None
+            if isinstance(self.data, mmap.mmap) and not pending and (plain := self._plain_batch(self.data)):
+                return plain
+            if members := self._any_batch():
+                return members
+        return []
+
+    def _any_batch(self) -> list[Member]:
+        """The members of up to _BATCH headers, of whatever kind; there may be none."""
         blocks: list[bytes] = []
         places: list[int] = []
         members: list[Member] = []
@@ -110,7 +123,7 @@ class _Walk:
             self._check(blocks, places)  # a damaged header is what is wrong then, not what it says
             raise
         self._check(blocks, places)
-        return members if members or self.ended else self.next_batch()
+        return members
 
     def _plain_batch(self, data: mmap.mmap) -> list[Member] | None:
         """As next_batch, where all headers are plain, in 1 us each instead of 3; None where one is not, or at the end.
@@ -134,13 +147,11 @@ class _Walk:
             return None
         table = np.frombuffer(data, np.dtype((np.void, BLOCK)), len(data) // BLOCK)[np.array(places) // BLOCK]
         table = table.view(np.uint8).reshape(-1, BLOCK)
-        stored = table[:, 148:154].astype(np.int64) - ord("0")
-        right = (stored @ (8 ** np.arange(5, -1, -1))) == _sums(table)
         digits = table[:, 124:135]
         if not (
-            right.all()
-            and ((stored >= 0) & (stored < 8)).all()
+            _sums_are_plainly_right(table)
             and ((digits >= ord("0")) & (digits < ord("8"))).all()
+            and np.isin(table[:, 135], (0, ord(" "))).all()  # a twelfth digit would belong to the size
             and np.isin(table[:, 156], list(_REGULAR)).all()
             and not table[:, 345].any()
         ):
@@ -160,12 +171,18 @@ class _Walk:
     def _is_end(self, block: bytes) -> bool:
         if len(block) == BLOCK and self.position + BLOCK <= self.end and any(block):
             return False
-        second = self.data[self.position + BLOCK : self.position + 3 * BLOCK]
-        whole = self.position + 2 * BLOCK <= self.end and len(second) >= BLOCK
-        if not whole or any(block) or any(second[:BLOCK]):
+        second = self.data[self.position + BLOCK : self.position + 2 * BLOCK]
+        whole = self.position + 2 * BLOCK <= self.end and len(second) == BLOCK
+        if not whole or any(block) or any(second):
             raise ValueError(f"{self.where} ends without its end marker, as a cut file does: fetch it again")
-        if self.position + 3 * BLOCK <= self.end and any(second[BLOCK:]):
-            raise ValueError(f"{self.where} goes on behind its end marker: {_MEND}")
+        for place in range(self.position + 2 * BLOCK, self.end, _FILLING):
+            if self.data[place : min(place + _FILLING, self.end)].strip(b"\0"):
+                raise ValueError(
+                    f"{self.where} goes on behind its end marker, where other readers stop: take apart tars that were "
+                    "joined into one file, or fetch it again"
+                )
+        if self.name is not None or self.size is not None:
+            raise ValueError(f"{self.where} ends with a long name or pax header of no member: {_MEND}")
         self.ended = True
         return True
 
@@ -174,6 +191,8 @@ class _Walk:
         if not blocks:
             return
         table = np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, BLOCK)
+        if _sums_are_plainly_right(table):
+            return
         for block, place, total in zip(blocks, places, _sums(table).tolist(), strict=True):
             try:
                 right = int(block[148:156].strip(b" \0"), 8) == total
@@ -185,7 +204,8 @@ class _Walk:
     def _step(self, block: bytes, members: list[Member]) -> None:
         """Takes in one header, and moves behind what it describes."""
         kind = block[156]
-        size = self.size if self.size is not None else _number(block[124:136])
+        extends = kind in _EXTENDING
+        size = self.size if self.size is not None and not extends else self._size_of(block)
         offset = self.position + BLOCK
         after = offset + size + -size % BLOCK
         if size < 0 or after > self.end:
@@ -194,33 +214,56 @@ class _Walk:
                 "cut, or hostile"
             )
         self.position = after
-        if kind in _REGULAR:
-            name = self.name if self.name is not None else _name_of(block)
-            self.name = self.size = None
-            if not name.endswith(b"/"):  # v7's way of naming a folder
-                members.append(Member(self._checked(name), offset, size))
-        elif kind in (_LONG_NAME, _PAX):
+        if extends:
             self._extend(kind, offset, size)
-        elif kind == _FOLDER:
-            self.name = self.size = None
-        elif kind not in (_LONG_LINK, _GLOBAL_PAX):
+            return
+        name = self.name if self.name is not None else _name_of(block)
+        self.name = self.size = None
+        if kind == _FOLDER or (kind in _REGULAR and name.endswith(b"/")):  # v7's way of naming a folder
+            if size:
+                # Some readers pass over these bytes, to others they are the next headers.
+                raise ValueError(f"{self.where}: the folder {name!r} declares {size:,} bytes: {_MEND}")
+        elif kind in _REGULAR:
+            members.append(Member(self._checked(name), offset, size))
+        else:
             what = _OTHERS.get(kind, f"of the unknown type {chr(kind)!r}")
             raise ValueError(f"{self.where}: {_name_of(block)!r} is {what}, no plain file: remove it from the tar")
+
+    def _size_of(self, block: bytes) -> int:
+        """In octal digits or in base 256."""
+        field = block[124:136]
+        if field[0] in (0x80, 0xFF):
+            return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
+        digits = _OCTAL.fullmatch(field)
+        if digits is None:
+            raise ValueError(f"{self.where}: {_name_of(block)!r} declares the size {field!r}, no number: {_MEND}")
+        return int(digits[1] or b"0", 8)
 
     def _extend(self, kind: int, offset: int, size: int) -> None:
         if size > _MAX_EXTENDED:
             raise ValueError(f"{self.where}: a name of {size:,} bytes at byte {offset:,}: {_MEND}")
+        if kind == _LONG_LINK:
+            return
         text = self.data[offset : offset + size]
         if kind == _LONG_NAME:
             self.name = text.split(b"\0", 1)[0]
             return
-        for key, value in _pax_records(text, f"{self.where}: pax header at byte {offset:,}"):
+        where = f"{self.where}: pax header at byte {offset:,}"
+        for key, value in _pax_records(text, where):
+            if key.startswith(b"GNU.sparse"):
+                raise ValueError(f"{where}: a sparse file: remove it from the tar")
+            if key not in (b"path", b"size"):
+                continue
+            if kind == _GLOBAL_PAX:
+                raise ValueError(
+                    f"{where} sets the {key.decode()} of all that follow, which readers differ in: {_MEND}"
+                )
             if key == b"path":
                 self.name = value
-            elif key == b"size":
+            elif value.isdigit() and len(value) <= _MAX_DIGITS:
                 self.size = int(value)
-            elif key.startswith(b"GNU.sparse"):
-                raise ValueError(f"{self.where}: a sparse file at byte {offset:,}: remove it from the tar")
+            else:
+                raise ValueError(f"{where} declares the size {value[:40]!r}, no number of bytes: {_MEND}")
 
     def _checked(self, name: bytes) -> str:
         name = name.removeprefix(b"./")
@@ -238,6 +281,13 @@ class _Walk:
 def _sums(table: np.ndarray) -> np.ndarray:
     """The checksums that headers (n, 512) must have: the sum of all bytes, their own field taken as blanks."""
     return table.sum(1, dtype=np.int64) - table[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
+
+
+def _sums_are_plainly_right(table: np.ndarray) -> bool:
+    """Whether all checksums of headers (n, 512) are right and written as six digits, as nearly every writer does."""
+    stored = table[:, 148:154].astype(np.int64) - ord("0")
+    digits = (stored >= 0) & (stored < 8)
+    return bool(digits.all() and (stored @ (8 ** np.arange(5, -1, -1)) == _sums(table)).all())
 
 
 def _refuse_hostile(name: bytes, where: str) -> None:
@@ -261,13 +311,6 @@ def _name_of(block: bytes) -> bytes:
     if block[345] and block[257:263] == b"ustar\0":
         return block[345:500].split(b"\0", 1)[0] + b"/" + name
     return name
-
-
-def _number(field: bytes) -> int:
-    """A size, in octal digits or in base 256."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
 
 
 def _pax_records(text: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:

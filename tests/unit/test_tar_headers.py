@@ -133,7 +133,7 @@ def test_sizes_in_base_256_and_with_blanks(tmp_path):
         (header(size=b"77777777777\0"), r"declares 8,589,934,591 bytes"),
         (header(size=b"\x80" + b"\xff" * 11), "declares"),
         (header(size=b"\xff" * 12), "declares -1 bytes"),
-        (header(size=b"-0000000001\0"), "declares -1 bytes"),
+        (header(size=b"-0000000001\0"), "no number"),
         (header() + header(), "occurs twice"),
         (header(kind=b"x", size=b"00000000012\0", fill=b"99 path=x\n"), "damaged"),
         (header(kind=b"x", size=b"77777777777\0"), "declares"),
