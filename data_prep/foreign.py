@@ -131,7 +131,7 @@ def index(options: IndexOptions, on_done: Progress = silent) -> Manifest:
         with folder.file(record.index_name) as file:
             file.write(data)
     write_manifest_to(folder, manifest)
-    if _is_own_info(folder):
+    if is_own_info(folder):
         update_info(folder, options.split, manifest)
     return manifest
 
@@ -184,7 +184,7 @@ def _refuse_indexes_of_other_splits(folder: Folder, split: str, shards: Sequence
                 )
 
 
-def _is_own_info(folder: Folder) -> bool:
+def is_own_info(folder: Folder) -> bool:
     """Whether timm's `_info.json` is absent, or holds what this project writes and no more."""
     if folder.size(INFO_NAME) is None:
         return True

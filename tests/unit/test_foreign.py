@@ -1,5 +1,6 @@
 """Tars of other makers get an index and a manifest, and are read through them; hostile ones are refused."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ from source_pictures import CLASSES, check, picture
 from twins import tar_of
 
 from data_prep.foreign import IndexOptions, hashes_of, index, samples_in
-from data_prep.manifest import read_manifest, unpack_index
+from data_prep.manifest import BetonRecord, read_manifest, unpack_index, write_manifest
 from data_prep.tar_shards import read_index, read_pictures
 
 
@@ -157,6 +158,9 @@ def sample(key: str = "k", **members: bytes) -> list[tuple[str, bytes]]:
         (sample(jpg=b"x", cls=b""), r"k\.cls holds no label"),
         (sample(jpg=b"x", cls=b"-1"), "label of 'k' is -1"),
         (sample(jpg=b"x", cls=b"99999999999"), "label of 'k' is 99999999999"),
+        (sample(jpg=b"x", cls=b"999999999"), "label of 'k' is 999999999"),
+        (sample(jpg=b"x", cls=b"1", CLS=b"2"), r"sample 'k' has two \.cls"),
+        (sample(jpg=b"x", cls=b"1", **{"pyd.gz": b"x"}), r"k\.pyd\.gz' may hold a program"),
         (
             [*sample(jpg=b"x", cls=b"1"), *sample("l", jpg=b"x", cls=b"1"), ("k.txt", b"x")],
             "sample 'k' do not follow one another",
@@ -174,6 +178,66 @@ def test_what_is_no_plain_sample_is_refused_and_nothing_is_written(members, word
         with pytest.raises(ValueError, match=rf"x\.tar.*{words}"):
             run(folder, hash=hash)
     assert left(tmp_path) == ["good.tar", "tars", "x.tar"]
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "", " "])
+def test_a_label_that_no_list_of_classes_can_hold_is_refused(name, tmp_path):
+    members = sample(jpg=PICTURES[0], json=json.dumps({"name": name}).encode())
+    folder = write(tmp_path / "tars", x=tar_of(members))
+    with pytest.raises(ValueError, match=r"x\.tar: the label of 'k' is .* no class's name"):
+        run(folder, label="json:name")
+    assert left(folder) == ["x.tar"]
+
+
+def test_a_picture_larger_than_an_index_can_say_is_refused(tmp_path):
+    info = tarfile.TarInfo("k.jpg")
+    info.size = 1 << 32
+    path = write(tmp_path / "tars") / "x.tar"
+    with open(path, "wb") as file:  # sparse: it takes no room on the disk
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.seek(info.size, io.SEEK_CUR)
+        file.write(tar_of([("k.cls", b"1")]))
+    with pytest.raises(ValueError, match=r"x\.tar: k\.jpg has 4,294,967,296 bytes"):
+        run(path)
+    assert left(path.parent) == ["x.tar"]
+
+
+def test_the_label_s_suffix_is_found_in_any_case(timm_tars):
+    assert run(timm_tars, label="CLS").class_counts == (4, 4, 4)
+
+
+def test_the_index_of_another_split_is_not_replaced(timm_tars):
+    run(timm_tars, hash=True)
+    before = {path.name: path.read_bytes() for path in timm_tars.iterdir()}
+    with pytest.raises(ValueError, match=r"a\.idx is also the index of train\.manifest\.json"):
+        run(timm_tars, split="all")
+    assert {path.name: path.read_bytes() for path in timm_tars.iterdir()} == before
+    assert run(timm_tars / "a.tar", split="half", hash=True).num_samples == 7  # the same index, so both hold
+    assert check(timm_tars) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "no JSON", '{"splits": {"train": {"name": "train", "num_samples": 12, "url": "x"}}}']
+)
+def test_an_info_file_of_others_stays_as_it_is(text, timm_tars):
+    (timm_tars / "_info.json").write_text(text)
+    run(timm_tars, hash=True)
+    assert (timm_tars / "_info.json").read_text() == text
+
+
+def test_an_own_info_file_gets_the_split(timm_tars):
+    run(timm_tars / "a.tar", split="half")
+    run(timm_tars / "b.tar")
+    splits = json.loads((timm_tars / "_info.json").read_text())["splits"]
+    assert {name: split["filenames"] for name, split in splits.items()} == {"half": ["a.tar"], "train": ["b.tar"]}
+
+
+def test_a_beton_of_the_same_samples_stays_recorded(timm_tars):
+    manifest = run(timm_tars, hash=True)
+    beton = BetonRecord("train.beton", 12, 1, "0" * 64, "0" * 64, "jpg", None, None)
+    write_manifest(dataclasses.replace(manifest, beton=beton))
+    assert run(timm_tars, hash=True).beton == beton
+    assert run(timm_tars, hash=True, label="json:name").beton is None  # other classes, so other samples
 
 
 class Executed:

@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 import tarfile
 from pathlib import Path
 
@@ -107,9 +108,62 @@ def test_sizes_in_base_256_and_with_blanks(tmp_path):
     assert read(data, tmp_path) == of_tarfile(data)
 
 
+def extended(record: bytes, kind: bytes = b"x") -> bytes:
+    """A pax header with one record; `record` ends with its newline and is shorter than 90 bytes."""
+    digits = 2 if len(record) + 2 < 10 else 3
+    text = b"%d %s" % (len(record) + digits, record)
+    return header(b"p", kind=kind, size=b"%011o\0" % len(text), fill=text)
+
+
+def test_a_size_of_twelve_digits_is_read_whole(tmp_path):
+    data = header(size=b"000000000010", fill=b"12345678") + END
+    assert read(data, tmp_path) == of_tarfile(data) == [Member("a.jpg", 512, 8)]
+
+
+@pytest.mark.parametrize("count", range(1021, 1027))
+def test_a_pax_size_holds_for_the_next_member_across_batches(count, tmp_path):
+    # The odd name sends the map's reader through the headers one by one, up to the end of a batch.
+    before = header(b"~.jpg") + b"".join(header(b"ok%d.jpg" % i) for i in range(count - 1))
+    data = before + extended(b"size=5\n") + header(b"last.jpg", fill=b"hello") + END
+    assert read(data, tmp_path) == of_tarfile(data)
+    long_name = header(b"L", kind=b"L", size=b"00000000006\0", fill=b"q.jpg\0")
+    data = before + extended(b"size=5\n") + long_name + header(b"last.jpg", fill=b"hello") + END
+    assert read(data, tmp_path)[-1] == Member("q.jpg", len(data) - len(END) - 512, 5)
+
+
+def test_a_global_comment_is_passed_over(tmp_path):
+    data = extended(b"comment=a commit\n", b"g") + header() + END
+    assert read(data, tmp_path) == of_tarfile(data) == [Member("a.jpg", 1536, 1)]
+
+
+def test_folders_without_end_do_not_exhaust_the_stack(tmp_path):
+    folder = header(b"d/", kind=b"5", size=b"00000000000\0")[:512]
+    path = tmp_path / "x.tar"
+    path.write_bytes(folder * (1024 * 200) + header() + END)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(150)
+    try:
+        assert [member.name for member in read_members(path)] == ["a.jpg"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
+        (header(b"a.pyd.gz"), "may hold a program"),
+        (header(b"a.PKL.GZ"), "may hold a program"),
+        (header(size=b"0000000zz01\0"), r"'a\.jpg' declares the size .* no number"),
+        (header(size=b"00000000_1 \0"), "no number"),
+        (header(size=b"\x81" + bytes(10) + b"\x01"), "no number"),
+        (extended(b"size=abc\n") + header(), "declares the size b'abc'"),
+        (extended(b"size=-5\n") + header(), "declares the size b'-5'"),
+        (extended(b"path=../evil.jpg\n", b"g") + header(), "sets the path of all that follow"),
+        (extended(b"size=5\n", b"g") + header(), "sets the size of all that follow"),
+        (extended(b"GNU.sparse.major=1\n", b"g") + header(), "a sparse file"),
+        (header(b"d", kind=b"5", size=b"00000001000\0"), "the folder b'd' declares 512 bytes"),
+        (header(b"d/", size=b"00000000001\0"), "the folder b'd/' declares 1 bytes"),
+        (header() + extended(b"path=b.jpg\n"), "of no member"),
         (header(b"../x.jpg"), "leads out of its folder"),
         (header(b"a/../../x.jpg"), "leads out of its folder"),
         (header(b"/etc/x.jpg"), "absolute"),
@@ -205,6 +259,11 @@ def test_what_follows_the_end_is_refused(tmp_path):
     end = -(-len(data.rstrip(b"\0")) // 512) * 512
     with pytest.raises(ValueError, match="goes on behind its end marker"):
         read(data[: end + 1024] + tar_of(some_members(3)), tmp_path)
+    with pytest.raises(ValueError, match="goes on behind its end marker"):  # as `cat a.tar b.tar` makes it
+        read(data + tar_of(some_members(3, 1)), tmp_path)
+    assert len(read(data + bytes(3_000_000), tmp_path)) == 3
+    with pytest.raises(ValueError, match="goes on behind its end marker"):
+        read(data + bytes(3_000_000) + b"x", tmp_path)
 
 
 def test_a_tar_in_a_tar_is_read_in_place(tmp_path):
