@@ -126,7 +126,7 @@ class _Walk:
         return members
 
     def _plain_batch(self, data: mmap.mmap) -> list[Member] | None:
-        """As next_batch, up to an extended header; 1 us a header instead of 3. None where one is not plain, or at the end.
+        """As next_batch, up to an extended header; 1 us each instead of 3. None where one is not plain, or at the end.
 
         Only sizes are read one by one, to find the next header; numpy then checks what `_step` checks singly.
         """
