@@ -15,15 +15,7 @@ import fsspec
 import pytest
 from source_pictures import picture
 
-from data_prep.manifest import (
-    BetonRecord,
-    Manifest,
-    Note,
-    pack_index,
-    read_manifest,
-    unpack_index,
-    write_manifest,
-)
+from data_prep.manifest import BetonRecord, Manifest, Note, pack_index, read_manifest, unpack_index, write_manifest
 from data_prep.stats import StatsOptions, stats
 from data_prep.stats.tables import duplicate_tables, how_counted, summary_tables
 from data_prep.storage import LocalFolder
