@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import mmap
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+from data_prep.background_write import BackgroundWriter
 from data_prep.manifest import IndexEntry, Manifest, ShardRecord, pack_index, unpack_index
 from data_prep.storage import Folder, LocalFolder
 
@@ -20,7 +18,6 @@ INFO_NAME = "_info.json"  # where timm's WebDataset reader looks for splits
 PICTURE_SUFFIX = ".jpg"
 LABEL_SUFFIX = ".cls"
 _PADDING = bytes(tarfile.BLOCKSIZE)
-_WRITE_BYTES = 4 << 20  # handed to the disk at once
 
 
 class Picture(Protocol):
@@ -59,16 +56,10 @@ def member_header(name: bytes, size: int) -> bytes:
 class _HashingTar:
     """Writes members one after another and knows where each one's bytes begin, which tarfile does not tell a writer."""
 
-    def __init__(self, file: IO[bytes], direct: bool) -> None:
-        self.descriptor = file.fileno()
+    def __init__(self, writer: BackgroundWriter) -> None:
+        self.writer = writer
         self.position = 0
         self.sha256 = hashlib.sha256()
-        self.buffer = mmap.mmap(-1, _WRITE_BYTES)  # its address is a multiple of a page's size, as direct writes need
-        self.view = memoryview(self.buffer)
-        self.filled = 0
-        # Past the page cache: filling that with 100 GB that nobody reads soon took half of all the processor time (200
-        # of 350 us a picture), and threw out the sources' pages.
-        self.direct = direct and _set_direct(self.descriptor, True)
 
     def add(self, name: str, data: bytes) -> int:
         """Appends a member; returns the offset of its first byte."""
@@ -82,43 +73,12 @@ class _HashingTar:
         # Two empty blocks end a tar; it is then filled to a whole record, as tar itself does.
         end = self.position + 2 * tarfile.BLOCKSIZE
         self._append(bytes(end - self.position + -end % tarfile.RECORDSIZE))
-        self._end_direct()  # the rest is no whole number of the disk's blocks
-        self._write(self.filled)
+        self.writer.finish()
 
     def _append(self, data: bytes) -> None:
         self.sha256.update(data)
         self.position += len(data)
-        rest = memoryview(data)
-        while rest:
-            part = rest[: _WRITE_BYTES - self.filled]
-            self.view[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            rest = rest[len(part) :]
-            if self.filled == _WRITE_BYTES:
-                self._write(_WRITE_BYTES)
-
-    def _write(self, size: int) -> None:
-        rest = self.view[:size]
-        while rest:
-            rest = rest[os.write(self.descriptor, rest) :]
-            if rest:  # a disk about to be full takes a part, after which nothing is aligned
-                self._end_direct()
-        self.filled = 0
-
-    def _end_direct(self) -> None:
-        if self.direct:
-            _set_direct(self.descriptor, False)
-            self.direct = False
-
-
-def _set_direct(descriptor: int, on: bool) -> bool:
-    """Whether it could be done: not every file system takes direct writes."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-    except OSError:
-        return False
-    return True
+        self.writer.append(data)
 
 
 def write_tar(folder: Folder, name: str, pictures: Iterable[tuple[Picture, bytes]]) -> ShardRecord:
@@ -127,9 +87,10 @@ def write_tar(folder: Folder, name: str, pictures: Iterable[tuple[Picture, bytes
     `pictures` yields (sample, JPEG bytes); where it raises, neither file appears.
     """
     entries: list[IndexEntry] = []
-    with folder.file(name) as file:
-        # A store's shard is read again at once, to be sent.
-        tar = _HashingTar(file, direct=isinstance(folder, LocalFolder))
+    # A store's shard is read again at once, to be sent: it stays in the page cache.
+    direct = isinstance(folder, LocalFolder)
+    with folder.file(name) as file, BackgroundWriter(file, direct) as writer:
+        tar = _HashingTar(writer)
         for sample, data in pictures:
             offset = tar.add(sample.key + PICTURE_SUFFIX, data)
             tar.add(sample.key + LABEL_SUFFIX, b"%d" % sample.label)

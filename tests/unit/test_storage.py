@@ -227,12 +227,12 @@ def test_a_write_that_finds_the_disk_full_is_the_same_error(source, tmp_path, mo
             return real(descriptor, data[:4999])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("data_prep.tar_shards.os.write", full)
+    monkeypatch.setattr("data_prep.background_write.os.write", full)
     with pytest.raises(OSError, match=r"No space left.*bytes free.*needs [\d,]+ bytes") as raised:
         shard_source(source, tmp_path / "out")
     needed = int(str(raised.value).split("needs ")[1].split(" ")[0].replace(",", ""))
     assert not list((tmp_path / "out").rglob("*.tar")) and not list((tmp_path / "out").rglob("*.tmp"))
-    monkeypatch.setattr("data_prep.tar_shards.os.write", real)
+    monkeypatch.setattr("data_prep.background_write.os.write", real)
     shard_source(source, tmp_path / "out")
     assert (tmp_path / "out" / "train-000000.tar").stat().st_size == needed
     shutil.rmtree(tmp_path / "out")
