@@ -44,7 +44,7 @@ class ShardsOptions:
     """Folder on the disk to be measured, for temporary files; the system's temporary folder if None."""
     images: int = 10_000
     """Pictures of a round of passing through (the archive's repeated)."""
-    images_reduced: int = 2000
+    images_reduced: int = 8000
     """Pictures of a round of reducing."""
     members: int = 100_000
     """Members of the tar whose headers are read."""

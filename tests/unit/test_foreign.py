@@ -223,6 +223,7 @@ def test_an_info_file_of_others_stays_as_it_is(text, timm_tars):
     (timm_tars / "_info.json").write_text(text)
     run(timm_tars, hash=True)
     assert (timm_tars / "_info.json").read_text() == text
+    assert check(timm_tars) == []
 
 
 def test_an_own_info_file_gets_the_split(timm_tars):
