@@ -8,10 +8,10 @@ The same pictures give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from typing import IO, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data_prep.index_records import INDEX
 from data_prep.workers import Progress
@@ -124,7 +124,7 @@ class BetonFile:
             raise ValueError(f"{self.name}: the tables are not what was written: {_DISK}")
         for sample_id, record in enumerate(self.index):
             offset, size, _, crc = record.tolist()
-            if zlib.crc32(file.read(offset, size)) != crc:
+            if crc32(file.read(offset, size)) != crc:
                 raise ValueError(f"{self.name}: sample {sample_id} is not what was written: {_DISK}")
             on_done(1, size, 2 * len(self.index))
         if file.read(end, table.nbytes) != table.tobytes() or self.file.read(1):

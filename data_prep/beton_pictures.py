@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, overload
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data_prep.beton_format import Stored
 from data_prep.images import PictureError, PictureOptions, decode_rgb, prepare_picture, reduced_rgb
@@ -126,14 +126,14 @@ def store(data: bytes, sample_id: int, form: Form) -> Stored:
     fits = limit is None or max(header.width, header.height) <= limit
     if mode == "jpg":
         if fits:
-            return Stored(mode, header.width, header.height, data, zlib.crc32(data))
+            return Stored(mode, header.width, header.height, data, crc32(data))
         options = PictureOptions(max_side=limit, jpeg_quality=form.jpeg_quality)
         reduced = prepare_picture(data, options)
-        return Stored(mode, reduced.width, reduced.height, reduced.data, zlib.crc32(reduced.data))
+        return Stored(mode, reduced.width, reduced.height, reduced.data, crc32(reduced.data))
     pixels = decode_rgb(data) if fits else reduced_rgb(data, PictureOptions(max_side=limit))
     height, width, _ = pixels.shape
     payload = pixels.tobytes()
-    return Stored(mode, width, height, payload, zlib.crc32(payload))
+    return Stored(mode, width, height, payload, crc32(payload))
 
 
 @dataclass(frozen=True)

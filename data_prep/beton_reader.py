@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data_prep.beton_format import MODES
 from data_prep.images import decode_rgb
@@ -62,7 +62,7 @@ class BetonReader:
         payload = self.bytes[start : start + size]
         if not size or len(payload) != size:
             raise ValueError(f"{self.path}: sample {sample_id} lies outside the file: write it again")
-        if zlib.crc32(payload.data) != crc:
+        if crc32(payload.data) != crc:
             raise ValueError(f"{self.path}: sample {sample_id} has another CRC than the index says: write it again")
         return payload
 

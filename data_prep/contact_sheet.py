@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
+from isal.isal_zlib import crc32
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.images import PictureError, decode_rgb
@@ -176,7 +176,7 @@ def _checked_bytes(descriptor: int, entry: IndexEntry, crc_known: bool) -> bytes
     data = os.pread(descriptor, entry.size, entry.offset)
     if len(data) != entry.size:
         raise PictureError("lies behind the end of the file, which is cut")
-    if crc_known and zlib.crc32(data) != entry.crc32:
+    if crc_known and crc32(data) != entry.crc32:
         raise PictureError("its CRC is not what the index says")
     return data
 

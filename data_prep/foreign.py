@@ -6,7 +6,6 @@ import hashlib
 import json
 import mmap
 import re
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
+from isal.isal_zlib import crc32
 
 from data_prep.finalize import write_manifest_to
 from data_prep.index_records import INDEX, pack_records
@@ -317,7 +317,7 @@ def hashes_of(path: Path, offsets: Sequence[int], sizes: Sequence[int]) -> tuple
                 if offset >= start + count:
                     break
                 part = block[max(0, offset - start) : offset + size - start]
-                crcs[number] = zlib.crc32(part, crcs[number])
+                crcs[number] = crc32(part, crcs[number])
                 if offset + size <= start + count:
                     first = number + 1
             start, turn = start + count, 1 - turn

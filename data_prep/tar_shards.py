@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
+
+from isal.isal_zlib import crc32
 
 from data_prep.background_write import BackgroundWriter
 from data_prep.manifest import IndexEntry, Manifest, ShardRecord, pack_index, unpack_index
@@ -53,20 +54,20 @@ def member_header(name: bytes, size: int) -> bytes:
     return b"".join((name.ljust(100, b"\0"), _BEFORE_SIZE, digits, _AFTER_SIZE, b"%06o\0 " % checksum, _AFTER_CHECKSUM))
 
 
-class _HashingTar:
+class _Tar:
     """Writes members one after another and knows where each one's bytes begin, which tarfile does not tell a writer."""
 
     def __init__(self, writer: BackgroundWriter) -> None:
         self.writer = writer
         self.position = 0
-        self.sha256 = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> int:
         """Appends a member; returns the offset of its first byte."""
         self._append(member_header(name.encode(), len(data)))
         offset = self.position
         self._append(data)
-        self._append(_PADDING[: -len(data) % tarfile.BLOCKSIZE])
+        if padding := -len(data) % tarfile.BLOCKSIZE:
+            self._append(_PADDING[:padding])
         return offset
 
     def finish(self) -> None:
@@ -76,7 +77,6 @@ class _HashingTar:
         self.writer.finish()
 
     def _append(self, data: bytes) -> None:
-        self.sha256.update(data)
         self.position += len(data)
         self.writer.append(data)
 
@@ -90,18 +90,18 @@ def write_tar(folder: Folder, name: str, pictures: Iterable[tuple[Picture, bytes
     # A store's shard is read again at once, to be sent: it stays in the page cache.
     direct = isinstance(folder, LocalFolder)
     with folder.file(name) as file, BackgroundWriter(file, direct) as writer:
-        tar = _HashingTar(writer)
+        tar = _Tar(writer)
         for sample, data in pictures:
             offset = tar.add(sample.key + PICTURE_SUFFIX, data)
             tar.add(sample.key + LABEL_SUFFIX, b"%d" % sample.label)
-            entries.append(IndexEntry(offset, len(data), sample.label, zlib.crc32(data)))
+            entries.append(IndexEntry(offset, len(data), sample.label, crc32(data)))
         tar.finish()
     index = pack_index(entries)
     record = ShardRecord(
         name=name,
         samples=len(entries),
         bytes=tar.position,
-        sha256=tar.sha256.hexdigest(),
+        sha256=writer.sha256.hexdigest(),
         index_sha256=hashlib.sha256(index).hexdigest(),
     )
     with folder.file(record.index_name) as file:
@@ -143,7 +143,7 @@ def read_pictures(tar: Path, entries: Iterable[IndexEntry]) -> Iterator[bytes]:
         for entry in entries:
             file.seek(entry.offset)
             data = file.read(entry.size)
-            if zlib.crc32(data) != entry.crc32:
+            if crc32(data) != entry.crc32:
                 raise ValueError(
                     f"{tar} is damaged (the picture at byte {entry.offset} has another CRC): run "
                     "`python -m data_prep verify` for all of it, then `python -m data_prep shard` again"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from isal.isal_zlib import crc32
 
 from data_prep.foreign import SOURCE_KIND, is_own_info, samples_in
 from data_prep.images import PictureError, decode_rgb
@@ -190,7 +190,7 @@ def _check_members(
                     entry = entries[found - 1]
                     if (entry.offset, entry.size, entry.label) != (picture.offset, picture.size, label):
                         findings.faults.append(f"{name}: place, size or label is not what the index says")
-                    if crc_known and entry.crc32 != zlib.crc32(data):
+                    if crc_known and entry.crc32 != crc32(data):
                         findings.faults.append(f"{name}: its CRC is not what the index says")
                 try:
                     decode_rgb(data)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data_prep.images import PictureError, picture_size
 from data_prep.index_records import index_records
@@ -201,7 +201,7 @@ def _hashes(job: ShardJob, descriptor: int, records: np.ndarray, crc_known: bool
     digests = np.zeros((len(records), 2), np.uint64)
     for number, (offset, size) in enumerate(_places(records)):
         data = os.pread(descriptor, size, offset)
-        crcs[number] = zlib.crc32(data)
+        crcs[number] = crc32(data)
         if len(data) != size or (crc_known and crcs[number] != records["crc32"][number]):
             raise ValueError(f"{job.where} is damaged: the picture at byte {offset:,} has another CRC: {job.mend}")
         digests[number] = np.frombuffer(hashlib.sha256(data).digest()[:16], "<u8")

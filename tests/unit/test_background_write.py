@@ -1,13 +1,14 @@
-"""The writer that fills one buffer while a thread writes the other: every byte, every error, nothing after its end."""
+"""The writer that fills one buffer while threads hash and write others: every byte, every error, nothing after its end."""
 
 import errno
+import hashlib
 import os
 import random
 import time
 
 import pytest
 
-from data_prep.background_write import WRITE_BYTES, BackgroundWriter
+from data_prep.background_write import BUFFERS, WRITE_BYTES, BackgroundWriter
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -22,27 +23,29 @@ def test_all_bytes_arrive_in_order(tmp_path, size, direct):
             place += step
         writer.finish()
     assert (tmp_path / "file").read_bytes() == data
+    assert writer.sha256.digest() == hashlib.sha256(data).digest()
 
 
-def test_one_append_may_be_larger_than_both_buffers(tmp_path):
-    data = random.Random(0).randbytes(2 * WRITE_BYTES + 12345)
+def test_one_append_may_be_larger_than_all_buffers(tmp_path):
+    data = random.Random(0).randbytes((BUFFERS + 1) * WRITE_BYTES + 12345)
     with open(tmp_path / "file", "wb") as file, BackgroundWriter(file, direct=True) as writer:
         writer.append(data)
         writer.finish()
     assert (tmp_path / "file").read_bytes() == data
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, BUFFERS])
 def test_an_error_of_the_thread_reaches_the_caller(tmp_path, monkeypatch, blocks):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("data_prep.background_write.os.write", full)
     with open(tmp_path / "file", "wb") as file, BackgroundWriter(file, direct=False) as writer:
-        writer.append(bytes(WRITE_BYTES))
+        for _ in range(blocks - 1):
+            writer.append(bytes(WRITE_BYTES))
         with pytest.raises(OSError, match="No space left"):
-            if blocks == 2:
-                writer.append(bytes(WRITE_BYTES))
+            writer.append(bytes(WRITE_BYTES))  # where no buffer is free it waits, and learns of the error
+            assert blocks == 1
             writer.finish()
 
 
