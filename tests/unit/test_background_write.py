@@ -1,4 +1,4 @@
-"""The writer that fills one buffer while threads hash and write others: every byte, every error, nothing after its end."""
+"""One buffer is filled while threads hash and write others: every byte, every error, nothing after its end."""
 
 import errno
 import hashlib
