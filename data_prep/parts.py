@@ -18,7 +18,7 @@ from data_prep.storage import Folder
 from data_prep.tar_shards import is_intact, write_tar
 
 # Changes when the same pictures and options no longer give the same shards; older finished shards are then done again.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_real_pictures(imagenet_sample):
 
 def test_a_library_that_is_missing_or_old_is_said_once_and_the_reference_used(tmp_path, monkeypatch, capsys):
     for content in (None, b"no library"):
-        path = tmp_path / "jpeg_check.so"
+        path = tmp_path / "libdata_prep.so"
         if content is not None:
             path.write_bytes(content)
         monkeypatch.setattr(native, "LIBRARY", path)
