@@ -51,10 +51,20 @@ build_native() {
     mv "$library.tmp" "$library"
 }
 
+# The noise kernels: C++ everywhere, CUDA where nvcc is found, whether or not a GPU is in sight.
+build_kernels() {
+    if ! command -v g++ >/dev/null || ! command -v make >/dev/null; then
+        echo "NO C++ COMPILER (or no make): noise is plain PyTorch, some 30 times slower" >&2
+        return 0
+    fi
+    make --silent -j2 -C pipeline/noise/csrc PYTHON="$PWD/.venv/bin/python"
+}
+
 wanted() { cat requirements.txt; "$python" -c 'import sys; print(sys.version)'; }
 
 build_native
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted | sha256sum)" ]; then
+    build_kernels
     exit 0
 fi
 install_packages
@@ -63,5 +73,5 @@ install_packages
 echo "installing requirements.txt into .venv (a few minutes, about 7 GB)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-echo "native noise kernels: none in this version; noise is plain PyTorch"
 wanted | sha256sum > "$stamp"
+build_kernels

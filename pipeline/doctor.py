@@ -101,7 +101,7 @@ def _gpu() -> list[Finding]:
 
 
 def _native() -> list[Finding]:
-    return [Finding("note", "noise kernels", "plain PyTorch: this version has no native kernels to build")]
+    return [_probe("noise kernels", _KERNELS_PROBE, "run `make setup`; until then noise is plain PyTorch, and slow")]
 
 
 def _ffcv() -> list[Finding]:
@@ -151,6 +151,16 @@ if torch.cuda.is_available():
     print("ok", torch.cuda.device_count(), "x", ", ".join(names), "- CUDA", torch.version.cuda)
 else:
     print("note none in sight: everything runs on the CPU over gloo")
+"""
+
+_KERNELS_PROBE = """
+import torch
+from pipeline.noise import native, ops
+assert native.is_loaded("cpu"), "libnoisynn_cpu.so is not there, or cannot be loaded"
+ids, epoch = torch.arange(2), torch.tensor(0)
+assert ops.random_words(4, ids, 0, epoch, 0)[0, 0].item() == 0x6627E8D5
+where = "CPU and GPU" if native.is_loaded("cuda") else "CPU"
+print("ok", where, "- Random123's first known answer is met")
 """
 
 _FFCV_PROBE = """

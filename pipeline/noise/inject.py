@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.noise.config import IMAGE_SITE, NoiseConfig
-from pipeline.noise.reference import apply_noise
+from pipeline.noise.ops import apply_noise, noise_stream
 
 _PROBE_BATCH = 3  # no usual number of windows or heads turns 3 rows into 3 rows of something else
 _EVALUATION_SEED = 0x5EED  # validation draws other noise than training does
@@ -33,6 +33,7 @@ class NoiseInjector:
         self._sample_ids: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._handle = None
+        self._stream = noise_stream(config)
         self._extremes = _black_and_white(model) if config.site == IMAGE_SITE else None
         if config.kind == "none":
             return
@@ -68,7 +69,9 @@ class NoiseInjector:
         assert self._sample_ids is not None, "set_batch() was not called before the forward pass"
         seed = self.seed if training else self.seed ^ _EVALUATION_SEED
         epoch = self._epoch if training else torch.zeros_like(self._epoch)
-        noisy = apply_noise(args[0], self.config, self._sample_ids, seed, epoch, self.first_token, self._extremes)
+        noisy = apply_noise(
+            args[0], self.config, self._sample_ids, seed, epoch, self.first_token, self._extremes, stream=self._stream
+        )
         return (noisy, *args[1:])
 
 

@@ -88,15 +88,16 @@ def normals(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def gaussian_noise(
-    x: Tensor, std: float, sample_ids: Tensor, seed: int, epoch: Tensor, site: str, first_token: int = 0
+    x: Tensor, std: float, sample_ids: Tensor, seed: int, epoch: Tensor, stream: int, first_token: int = 0
 ) -> Tensor:
     """x + N(0, std), in x's dtype; computed in float32 at least.
 
-    x: (B, ...); sample_ids: int64 (B,). Tokens before `first_token` (axis 1) are left as they are, to the bit.
+    x: (B, ...); sample_ids: int64 (B,); stream: stream_of the site. Tokens before `first_token` (axis 1) are left as
+    they are, to the bit.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     count = math.prod(x.shape[1:])
-    words = random_words(count + count % 2, sample_ids, seed, epoch, stream_of(site, Purpose.NOISE))
+    words = random_words(count + count % 2, sample_ids, seed, epoch, stream)
     noise = normals(words, dtype)[:, :count].reshape(x.shape)
     return _spare(x, (x.to(dtype) + std * noise).to(x.dtype), first_token)
 
@@ -107,7 +108,7 @@ def salt_and_pepper(
     sample_ids: Tensor,
     seed: int,
     epoch: Tensor,
-    site: str,
+    stream: int,
     group_size: int | None = None,
     first_token: int = 0,
     extremes: tuple[Tensor, Tensor] | None = None,
@@ -117,10 +118,8 @@ def salt_and_pepper(
     x: (B, ...). `extremes`: (lowest, highest), broadcast to x: black and white at the image. None: those of each group
     of samples, without gradient. The decision is on integers, so every implementation takes the same one.
     """
-    words = random_words(math.prod(x.shape[1:]), sample_ids, seed, epoch, stream_of(site, Purpose.MASK)).reshape(
-        x.shape
-    )
-    if not len(x):
+    words = random_words(math.prod(x.shape[1:]), sample_ids, seed, epoch, stream).reshape(x.shape)
+    if not x[:, first_token:].numel():
         return x
     salt, either = round(probability / 2 * 2**32), round(probability * 2**32)
     low, high = extremes or _group_extremes(x.detach()[:, first_token:], _running(group_size, len(x)))
@@ -202,11 +201,12 @@ def apply_noise(
             f"noise at {config.site}: {len(x)} rows, {len(sample_ids)} sample ids; the axis is not the batch"
         )
     strength = config.strength or 0.0
+    stream = stream_of(config.site, Purpose.MASK if config.kind == "salt_and_pepper" else Purpose.NOISE)
     if config.kind == "gaussian":
-        return gaussian_noise(x, strength, sample_ids, seed, epoch, config.site, first_token)
+        return gaussian_noise(x, strength, sample_ids, seed, epoch, stream, first_token)
     if config.kind == "salt_and_pepper":
         group = config.group_size
-        return salt_and_pepper(x, strength, sample_ids, seed, epoch, config.site, group, first_token, extremes)
+        return salt_and_pepper(x, strength, sample_ids, seed, epoch, stream, group, first_token, extremes)
     if config.kind == "circular_shift":
         return circular_shift(x, strength, config.group_size, first_token, config.detach)
     assert config.kind == "optimal_q", config.kind

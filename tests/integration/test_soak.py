@@ -15,7 +15,7 @@ import torch
 
 from data_prep.distribute import ShardOptions, shard
 from data_prep.verify import VerifyOptions, verify
-from pipeline.noise.reference import gaussian_noise
+from pipeline.noise.reference import Purpose, gaussian_noise, stream_of
 
 pytestmark = pytest.mark.soak
 
@@ -63,7 +63,7 @@ def test_the_noise_is_normal_over_a_hundred_million_draws() -> None:
     zeros, epoch = torch.zeros(100, 100_000), torch.zeros((), dtype=torch.int64)
     for part in range(10):
         ids = torch.arange(100 * part, 100 * (part + 1))
-        draws = gaussian_noise(zeros, 1.0, ids, seed=1, epoch=epoch, site="image").flatten()
+        draws = gaussian_noise(zeros, 1.0, ids, seed=1, epoch=epoch, stream=stream_of("image", Purpose.NOISE)).flatten()
         assert abs(draws.double().mean().item()) < 5 / 1e7**0.5
         assert abs(draws.double().var().item() - 1) < 5 * (2 / 1e7) ** 0.5
         assert scipy.stats.kstest(draws[:1_000_000].numpy(), "norm").pvalue > 1e-4

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector, check_site, prefix_tokens
-from pipeline.noise.reference import apply_noise
+from pipeline.noise.ops import apply_noise
 
 SEED = 11
 IDS = torch.tensor([40, 3, 1 << 33, 7])

@@ -21,6 +21,7 @@ from pipeline.noise.reference import (
 )
 
 EPOCH = torch.tensor(3)
+STREAM = stream_of("image", Purpose.NOISE)
 MASK32 = 0xFFFFFFFF
 DRAWS = 1 << 20
 SIGMAS = 5  # the draws are fixed by their seed: a bound of 5 standard errors holds or fails for ever
@@ -63,7 +64,7 @@ def test_uniforms_follow_the_uniform_distribution():
 def draws() -> torch.Tensor:
     """float64 (64, 16384) of Gaussian noise on zeros, std 1."""
     zeros = torch.zeros(64, DRAWS // 64, dtype=torch.float64)
-    return gaussian_noise(zeros, 1.0, torch.arange(64), 0, EPOCH, "image")
+    return gaussian_noise(zeros, 1.0, torch.arange(64), 0, EPOCH, STREAM)
 
 
 def test_gaussian_moments_and_tails(draws):
@@ -98,8 +99,8 @@ def test_gaussian_draws_are_uncorrelated(draws):
 
 def test_gaussian_strength_is_a_standard_deviation_and_float32_follows_float64():
     ids = torch.arange(8)
-    wide = gaussian_noise(torch.zeros(8, 999, dtype=torch.float64), 0.5, ids, 0, EPOCH, "image")
-    single = gaussian_noise(torch.zeros(8, 999), 0.5, ids, 0, EPOCH, "image")
+    wide = gaussian_noise(torch.zeros(8, 999, dtype=torch.float64), 0.5, ids, 0, EPOCH, STREAM)
+    single = gaussian_noise(torch.zeros(8, 999), 0.5, ids, 0, EPOCH, STREAM)
     # A float32 uniform is rounded to 2^-25 near 1: an angle is then off by 2 pi 2^-25, and a radius near 0 by about
     # sqrt(2 * 2^-24) = 3.5e-4 in the worst case.
     assert (wide - single).abs().max() < 0.5 * 1e-3
@@ -111,7 +112,7 @@ def test_gaussian_strength_is_a_standard_deviation_and_float32_follows_float64()
 def test_salt_and_pepper_frequencies():
     p, n = 0.2, DRAWS
     x = torch.linspace(-1, 1, n).reshape(64, -1)
-    out = salt_and_pepper(x, p, torch.arange(64), 0, EPOCH, "image")
+    out = salt_and_pepper(x, p, torch.arange(64), 0, EPOCH, STREAM)
     for extreme in (1.0, -1.0):
         count = (out == extreme).sum().item() - 1  # one entry of x itself is the extreme
         assert abs(count - n * p / 2) < SIGMAS * math.sqrt(n * p / 2 * (1 - p / 2))
@@ -122,25 +123,25 @@ def test_salt_and_pepper_frequencies():
 
 def test_salt_and_pepper_extremes_are_the_group_s_own():
     x = batch((7, 6, 5)) + torch.tensor([0.0, 0, 0, 100, 100, 100, 200])[:, None, None]
-    out = salt_and_pepper(x, 1.0, torch.arange(7), 0, EPOCH, "image", group_size=3)
+    out = salt_and_pepper(x, 1.0, torch.arange(7), 0, EPOCH, STREAM, group_size=3)
     for members in (slice(0, 3), slice(3, 6), slice(6, 7)):
         extremes = {x[members].min().item(), x[members].max().item()}
         assert set(out[members].unique().tolist()) == extremes
-    none = salt_and_pepper(x, 0.0, torch.arange(7), 0, EPOCH, "image", group_size=3)
+    none = salt_and_pepper(x, 0.0, torch.arange(7), 0, EPOCH, STREAM, group_size=3)
     assert torch.equal(none, x)
 
 
 def test_salt_and_pepper_extremes_leave_out_spared_tokens():
     x = batch((4, 5, 3))
     x[:, 0] = 1000.0
-    out = salt_and_pepper(x, 1.0, torch.arange(4), 0, EPOCH, "blocks.0", first_token=1)
+    out = salt_and_pepper(x, 1.0, torch.arange(4), 0, EPOCH, STREAM, first_token=1)
     assert torch.equal(out[:, :1], x[:, :1])
     assert set(out[:, 1:].unique().tolist()) == {x[:, 1:].min().item(), x[:, 1:].max().item()}
 
 
 def test_salt_and_pepper_extremes_carry_no_gradient():
     x = batch((4, 50)).requires_grad_()
-    out = salt_and_pepper(x, 0.5, torch.arange(4), 0, EPOCH, "image", group_size=2)
+    out = salt_and_pepper(x, 0.5, torch.arange(4), 0, EPOCH, STREAM, group_size=2)
     out.sum().backward()
     kept = out == x
     # The two extremes of a group keep their value wherever they are drawn, so equality alone does not tell.
@@ -176,10 +177,10 @@ def test_gaussian_noise_does_not_depend_on_batch_mates_or_order():
 
 def test_salt_and_pepper_places_do_not_depend_on_batch_mates_or_order():
     x, ids = batch((6, 40)), torch.arange(6)
-    whole = salt_and_pepper(x, 0.5, ids, 1, EPOCH, "image", group_size=None)
+    whole = salt_and_pepper(x, 0.5, ids, 1, EPOCH, STREAM, group_size=None)
     low, high = x.min(), x.max()
     for i in (5, 2):
-        alone = salt_and_pepper(x[i : i + 1], 0.5, ids[i : i + 1], 1, EPOCH, "image", group_size=None)[0]
+        alone = salt_and_pepper(x[i : i + 1], 0.5, ids[i : i + 1], 1, EPOCH, STREAM, group_size=None)[0]
         assert torch.equal(alone == x[i].max(), (whole[i] == high) | (x[i] == x[i].max()) & (whole[i] == x[i]))
         assert torch.equal(alone == x[i].min(), (whole[i] == low) | (x[i] == x[i].min()) & (whole[i] == x[i]))
 
@@ -310,7 +311,7 @@ def test_gradcheck(mix, matrix):
 
 def test_gradcheck_gaussian():
     x = batch((3, 5), torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: gaussian_noise(t, 0.5, torch.arange(3), 0, EPOCH, "image"), (x,))
+    assert torch.autograd.gradcheck(lambda t: gaussian_noise(t, 0.5, torch.arange(3), 0, EPOCH, STREAM), (x,))
 
 
 # Formats and shapes

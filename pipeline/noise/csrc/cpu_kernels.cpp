@@ -1,0 +1,258 @@
+// The kernels for one instruction set, which the build chooses: NN_LANES (Avx512, Avx2, OneLane) and NN_TABLE.
+#include "cpu_kernels.h"
+
+#include <algorithm>
+#include <cmath>
+
+#if defined(__AVX512F__)
+#include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "lanes_avx2.h"
+#else
+#include "formats.h"
+#endif
+
+namespace noisynn {
+namespace {
+
+using Lanes = NN_LANES;
+
+// A call for each 64 elements would load all constants anew.
+#define NN_ALWAYS_INLINE __attribute__((always_inline))
+
+constexpr int64_t kMixChunk = 1024;  // elements of each sample: 4 KB of sums, and the rows stay in cache for the second pass
+constexpr double kTwoPi = 6.283185307179586;
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+template <class Call>
+void with_format(Format format, const Call& call) {
+    switch (format) {
+        case Format::float32: return call(Type<float>{});
+        case Format::bfloat16: return call(Type<BFloat16>{});
+        case Format::float16: return call(Type<Half>{});
+        case Format::float64: return call(Type<double>{});
+    }
+}
+
+// Calls wide(block) for whole vectors of blocks and one(block, first word, last word) for what is left at either end.
+template <class Wide, class One>
+NN_INLINE void for_blocks(int64_t begin, int64_t end, const Wide& wide, const One& one) {
+    constexpr int64_t step = 4 * Lanes::width;
+    int64_t at = begin;
+    while (at < end) {
+        if (at % 4 == 0)
+            for (; end - at >= step; at += step) wide(at / 4);
+        if (at >= end) return;
+        const int64_t stop = std::min(end, at / 4 * 4 + 4);
+        one(at / 4, at % 4, stop - at / 4 * 4);
+        at = stop;
+    }
+}
+
+// visit(lanes, place): vectors first, then one by one.
+template <class Visit>
+NN_INLINE void for_elements(int64_t begin, int64_t end, const Visit& visit) {
+    int64_t at = begin;
+    for (; end - at >= Lanes::width; at += Lanes::width) visit(Lanes{}, at);
+    for (; at < end; ++at) visit(OneLane{}, at);
+}
+
+template <class L>
+NN_INLINE void block_normals(uint32_t block, const Draw& draw, const RoundKeys& keys, typename L::F (&n)[4]) {
+    typename L::U words[4];
+    draw_words<L>(block, draw, keys, words);
+    normals<L>(words[0], words[1], n[0], n[1]);
+    normals<L>(words[2], words[3], n[2], n[3]);
+    L::transpose(n);
+}
+
+template <class T>
+void gaussian_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, float std) {
+    const RoundKeys keys(draw);
+    for_blocks(
+        begin, end,
+        [&](int64_t block) NN_ALWAYS_INLINE {
+            typename Lanes::F n[4];
+            block_normals<Lanes>(uint32_t(block), draw, keys, n);
+            for (int j = 0; j < 4; ++j) {
+                const int64_t at = 4 * block + j * Lanes::width;
+                Lanes::store(y + at, Lanes::multiply_add(n[j], Lanes::set(std), Lanes::load(x + at)));
+            }
+        },
+        [&](int64_t block, int64_t first, int64_t last) {
+            float n[4];
+            block_normals<OneLane>(uint32_t(block), draw, keys, n);
+            for (int64_t j = first; j < last; ++j)
+                store_one(y + 4 * block + j, fmaf(n[j], std, load_one(x + 4 * block + j)));
+        });
+}
+
+void gaussian_row(const double* x, double* y, int64_t begin, int64_t end, const Draw& draw, double std) {
+    const RoundKeys keys(draw);
+    for (int64_t at = begin; at < end; ++at) {
+        uint32_t words[4];
+        draw_words<Scalar>(uint32_t(at / 4), draw, keys, words);
+        const uint32_t* pair = words + (at % 4 & 2);
+        const double radius = std::sqrt(-2.0 * std::log(pair[0] * 0x1p-32 + 0x1p-33));
+        const double angle = kTwoPi * (pair[1] * 0x1p-32 + 0x1p-33);
+        y[at] = x[at] + std * radius * (at % 2 ? std::sin(angle) : std::cos(angle));
+    }
+}
+
+template <class T, class F>
+void salt_and_pepper_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, Thresholds t, F low, F high) {
+    const RoundKeys keys(draw);
+    for_blocks(
+        begin, end,
+        [&](int64_t block) NN_ALWAYS_INLINE {
+            if constexpr (!std::is_same_v<T, double>) {
+                typename Lanes::U words[4];
+                draw_words<Lanes>(uint32_t(block), draw, keys, words);
+                Lanes::transpose(words);
+                const auto salt = Lanes::set(high), pepper = Lanes::set(low);
+                for (int j = 0; j < 4; ++j) {
+                    const int64_t at = 4 * block + j * Lanes::width;
+                    const auto kept = Lanes::select_below(words[j], t.either, pepper, Lanes::load(x + at));
+                    Lanes::store(y + at, Lanes::select_below(words[j], t.salt, salt, kept));
+                }
+            } else {
+                for (int64_t b = block; b < block + Lanes::width; ++b) {
+                    uint32_t words[4];
+                    draw_words<Scalar>(uint32_t(b), draw, keys, words);
+                    for (int j = 0; j < 4; ++j)
+                        y[4 * b + j] = words[j] < t.salt ? high : words[j] < t.either ? low : x[4 * b + j];
+                }
+            }
+        },
+        [&](int64_t block, int64_t first, int64_t last) {
+            uint32_t words[4];
+            draw_words<Scalar>(uint32_t(block), draw, keys, words);
+            for (int64_t j = first; j < last; ++j) {
+                const int64_t at = 4 * block + j;
+                if (words[j] >= t.either)
+                    y[at] = x[at];
+                else if constexpr (std::is_same_v<T, double>)
+                    y[at] = words[j] < t.salt ? high : low;
+                else
+                    store_one(y + at, words[j] < t.salt ? high : low);
+            }
+        });
+}
+
+// (x_i + sum_j x_j) / (k + 1): symmetric, so it is its own transpose. The sum runs over the samples in their order.
+template <class T>
+void optimal_q(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
+    alignas(64) float sums[kMixChunk];
+    const float scale = 1.0f / float(mix.samples + 1);
+    for (int64_t i = 0; i < mix.samples; ++i) {
+        const T* row = x + i * mix.sample_stride + begin;
+        for_elements(0, end - begin, [&](auto lanes, int64_t at) {
+            using L = decltype(lanes);
+            const auto value = L::load(row + at);
+            L::store(sums + at, i == 0 ? value : L::add(L::load(sums + at), value));
+        });
+    }
+    for (int64_t i = 0; i < mix.samples; ++i) {
+        const int64_t offset = i * mix.sample_stride + begin;
+        for_elements(0, end - begin, [&](auto lanes, int64_t at) {
+            using L = decltype(lanes);
+            const auto sum = L::add(L::load(x + offset + at), L::load(sums + at));
+            L::store(y + offset + at, L::multiply(sum, L::set(scale)));
+        });
+    }
+}
+
+// x_i + alpha (x_other - x_i), the other being the next sample of the ring; in the transpose the one before.
+template <class T>
+void circular_shift(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
+    for (int64_t i = 0; i < mix.samples; ++i) {
+        const int64_t other = (i + (mix.transposed ? mix.samples - 1 : 1)) % mix.samples;
+        const T *row = x + i * mix.sample_stride, *other_row = x + other * mix.sample_stride;
+        T* out = y + i * mix.sample_stride;
+        for_elements(begin, end, [&](auto lanes, int64_t at) {
+            using L = decltype(lanes);
+            const auto own = L::load(row + at);
+            const auto difference = L::subtract(L::load(other_row + at), own);
+            L::store(out + at, L::multiply_add(L::set(float(mix.alpha)), difference, own));
+        });
+    }
+}
+
+void optimal_q(const double* x, double* y, int64_t begin, int64_t end, const Mix& mix) {
+    for (int64_t at = begin; at < end; ++at) {
+        double sum = 0;
+        for (int64_t i = 0; i < mix.samples; ++i) sum += x[i * mix.sample_stride + at];
+        for (int64_t i = 0; i < mix.samples; ++i) {
+            const int64_t place = i * mix.sample_stride + at;
+            y[place] = (x[place] + sum) / double(mix.samples + 1);
+        }
+    }
+}
+
+void circular_shift(const double* x, double* y, int64_t begin, int64_t end, const Mix& mix) {
+    for (int64_t i = 0; i < mix.samples; ++i) {
+        const int64_t other = (i + (mix.transposed ? mix.samples - 1 : 1)) % mix.samples;
+        for (int64_t at = begin; at < end; ++at) {
+            const double own = x[i * mix.sample_stride + at];
+            y[i * mix.sample_stride + at] = own + mix.alpha * (x[other * mix.sample_stride + at] - own);
+        }
+    }
+}
+
+}  // namespace
+
+extern const Kernels NN_TABLE;
+const Kernels NN_TABLE = {
+    NN_NAME,
+    [](Format format, const void* x, void* y, int64_t begin, int64_t end, const Draw& draw, double std) {
+        with_format(format, [&](auto type) {
+            using T = typename decltype(type)::type;
+            gaussian_row(static_cast<const T*>(x), static_cast<T*>(y), begin, end, draw, std);
+        });
+    },
+    [](Format format, const void* x, void* y, int64_t begin, int64_t end, const Draw& draw, Thresholds t, double low,
+       double high) {
+        with_format(format, [&](auto type) {
+            using T = typename decltype(type)::type;
+            using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
+            salt_and_pepper_row(static_cast<const T*>(x), static_cast<T*>(y), begin, end, draw, t, F(low), F(high));
+        });
+    },
+    [](Format format, const void* x, void* y, int64_t begin, int64_t end, const Mix& mix) {
+        with_format(format, [&](auto type) {
+            using T = typename decltype(type)::type;
+            for (int64_t at = begin; at < end; at += kMixChunk) {
+                const int64_t stop = std::min(end, at + kMixChunk);
+                if (mix.optimal)
+                    optimal_q(static_cast<const T*>(x), static_cast<T*>(y), at, stop, mix);
+                else
+                    circular_shift(static_cast<const T*>(x), static_cast<T*>(y), at, stop, mix);
+            }
+        });
+    },
+    [](int64_t* out, int64_t begin, int64_t end, const Draw& draw) {
+        const RoundKeys keys(draw);
+        for_blocks(
+            begin, end,
+            [&](int64_t block) NN_ALWAYS_INLINE {
+                typename Lanes::U words[4];
+                draw_words<Lanes>(uint32_t(block), draw, keys, words);
+                Lanes::transpose(words);
+                uint32_t flat[4 * Lanes::width];
+                static_assert(sizeof(flat) == sizeof(words));
+                memcpy(flat, words, sizeof(words));
+                for (int i = 0; i < 4 * Lanes::width; ++i) out[4 * block + i] = flat[i];
+            },
+            [&](int64_t block, int64_t first, int64_t last) {
+                uint32_t words[4];
+                draw_words<Scalar>(uint32_t(block), draw, keys, words);
+                for (int64_t j = first; j < last; ++j) out[4 * block + j] = words[j];
+            });
+    },
+};
+
+}  // namespace noisynn
