@@ -1,11 +1,8 @@
-"""Elements a second of each noise, beside the eager torch expression a user would write and beside a plain copy.
-
-`pipeline/noise/reference.py` is the specification, not fast code: its Philox is written in 64-bit integer tensors so
-that it is plainly right on any device. Its figures here are where the kernels start from.
-"""
+"""Elements a second of each noise, beside the torch expression a user would write (eager, and compiled) and a copy."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Contestant, Row, check_output, circumstances_of, compare, finish, status_line, summarise
+from pipeline.noise import native, ops, reference
 from pipeline.noise.config import Kind, NoiseConfig
-from pipeline.noise.reference import apply_noise
 
 TOKENS, WIDTH = 197, 768  # ViT-B/16 at 224 pixels
 GROUP = 8
@@ -37,7 +34,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """Elements/s and GB/s of each noise. The reference is the specification, not fast code (kernels come later)."""
+    """Elements/s and GB/s of each noise. The reference is the specification, not fast code."""
 
     megabytes: float = 64
     """Size of the input, 10^6 bytes, in whole groups of 8 samples of 197 tokens of 768; at least one group."""
@@ -79,6 +76,7 @@ def measure_noises(options: NoiseOptions, command: Sequence[str]) -> list[Row]:
         "threads": torch.get_num_threads(),
         "strengths": STRENGTHS,
         "group_size": GROUP,
+        "allocator": _keep_freed_memory(),
         "bytes_counted": "one read and one write of each element",
     }
     rows = []
@@ -90,6 +88,17 @@ def measure_noises(options: NoiseOptions, command: Sequence[str]) -> list[Row]:
     finish(rows, circumstances | {"conditions": conditions}, path)
     print("`reference` is the specification that kernels must meet, written to be plainly right; it is not fast code.")
     return rows
+
+
+def _keep_freed_memory() -> str:
+    """Has glibc keep what is freed, as tcmalloc, jemalloc and a GPU's allocator do, and says what holds.
+
+    Otherwise each result of 64 MB is new to the process, and its page faults take twice as long as the noise.
+    """
+    trim_threshold, mmap_max, most = -1, -4, (1 << 31) - 1  # mallopt's names for them, from malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    kept = mallopt is not None and mallopt(mmap_max, 0) and mallopt(trim_threshold, most)
+    return "freed memory is kept" if kept else "the system's: page faults included"
 
 
 def _input(options: NoiseOptions) -> Tensor:
@@ -123,9 +132,15 @@ def _contestants(kind: Kind, x: Tensor) -> list[Contestant]:
     work: dict[str, tuple[Callable[[], Tensor], str]] = {
         "eager": (partial(eager, x), expression),
         "reference": (
-            partial(apply_noise, x, config, ids, 0, epoch),
+            partial(reference.apply_noise, x, config, ids, 0, epoch),
             "pipeline/noise/reference.py: the specification, not fast code",
         ),
+        "torch.compile": (partial(torch.compile(eager), x), f"torch.compile of {expression}"),
+        "operator": (
+            partial(ops.apply_noise, x, config, ids, 0, epoch),
+            f"pipeline/noise/ops.py, {'kernels' if native.is_loaded(x.device.type) else 'NO KERNELS: the reference'}",
+        ),
+        "clone": (x.clone, "x.clone(): into new memory, as all others"),
         "copy": (partial(target.copy_, x), "target.copy_(x) into memory that is there already: the bound by bandwidth"),
     }
     return [
@@ -133,7 +148,7 @@ def _contestants(kind: Kind, x: Tensor) -> list[Contestant]:
             name=name,
             round=partial(_round, run, x),
             settings=settings,
-            output=None if name == "copy" else partial(_made, run, x, random),
+            output=None if name in ("clone", "copy") else partial(_made, run, x, random),
             bytes_per_item=2 * x.element_size(),
         )
         for name, (run, settings) in work.items()

@@ -116,7 +116,7 @@ def test_the_noises_are_measured(tmp_path, capsys):
     rows = read_rows(output)
     kinds = ("gaussian", "salt_and_pepper", "circular_shift", "optimal_q")
     assert [(row["part"], row["contestant"]) for row in rows] == [
-        (kind, name) for kind in kinds for name in ("eager", "reference", "copy")
+        (kind, name) for kind in kinds for name in ("eager", "reference", "torch.compile", "operator", "clone", "copy")
     ]
     assert rows[0]["conditions"]["shape"] == [8, 197, 768]
     for row in rows:
@@ -128,7 +128,9 @@ def test_the_noises_are_measured(tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eager_noises_do_the_references_work_and_another_strength_is_noticed(kind, dtype):
     x = noise._input(noise.NoiseOptions(megabytes=1, dtype=dtype, device="cpu"))
-    eager, reference, copy = noise._contestants(kind, x)
+    contestants = {contestant.name: contestant for contestant in noise._contestants(kind, x)}
+    eager, reference, copy = (contestants[name] for name in ("eager", "reference", "copy"))
+    assert noise.agree(eager.output(), contestants["operator"].output()) is None
     assert copy.output is None and eager.output is not None and reference.output is not None
     made = eager.output()
     assert noise.agree(made, reference.output()) is None

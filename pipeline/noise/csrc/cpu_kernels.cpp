@@ -17,6 +17,8 @@ namespace {
 
 using Lanes = NN_LANES;
 
+constexpr int kSteps = 2;  // vectors of blocks at once
+
 // A call for each 64 elements would load all constants anew.
 #define NN_ALWAYS_INLINE __attribute__((always_inline))
 
@@ -41,7 +43,7 @@ void with_format(Format format, const Call& call) {
 // Calls wide(block) for whole vectors of blocks and one(block, first word, last word) for what is left at either end.
 template <class Wide, class One>
 NN_INLINE void for_blocks(int64_t begin, int64_t end, const Wide& wide, const One& one) {
-    constexpr int64_t step = 4 * Lanes::width;
+    constexpr int64_t step = 4 * kSteps * Lanes::width;
     int64_t at = begin;
     while (at < end) {
         if (at % 4 == 0)
@@ -61,13 +63,15 @@ NN_INLINE void for_elements(int64_t begin, int64_t end, const Visit& visit) {
     for (; at < end; ++at) visit(OneLane{}, at);
 }
 
-template <class L>
-NN_INLINE void block_normals(uint32_t block, const Draw& draw, const RoundKeys& keys, typename L::F (&n)[4]) {
-    typename L::U words[4];
+template <class L, int Steps>
+NN_INLINE void block_normals(uint32_t block, const Draw& draw, const RoundKeys& keys, typename L::F (&n)[Steps][4]) {
+    typename L::U words[Steps][4];
     draw_words<L>(block, draw, keys, words);
-    normals<L>(words[0], words[1], n[0], n[1]);
-    normals<L>(words[2], words[3], n[2], n[3]);
-    L::transpose(n);
+    for (int step = 0; step < Steps; ++step) {
+        normals<L>(words[step][0], words[step][1], n[step][0], n[step][1]);
+        normals<L>(words[step][2], words[step][3], n[step][2], n[step][3]);
+        L::transpose(n[step]);
+    }
 }
 
 template <class T>
@@ -76,27 +80,27 @@ void gaussian_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw
     for_blocks(
         begin, end,
         [&](int64_t block) NN_ALWAYS_INLINE {
-            typename Lanes::F n[4];
+            typename Lanes::F n[kSteps][4];
             block_normals<Lanes>(uint32_t(block), draw, keys, n);
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < 4 * kSteps; ++j) {
                 const int64_t at = 4 * block + j * Lanes::width;
-                Lanes::store(y + at, Lanes::multiply_add(n[j], Lanes::set(std), Lanes::load(x + at)));
+                Lanes::store(y + at, Lanes::multiply_add(n[j / 4][j % 4], Lanes::set(std), Lanes::load(x + at)));
             }
         },
         [&](int64_t block, int64_t first, int64_t last) {
-            float n[4];
+            float n[1][4];
             block_normals<OneLane>(uint32_t(block), draw, keys, n);
             for (int64_t j = first; j < last; ++j)
-                store_one(y + 4 * block + j, fmaf(n[j], std, load_one(x + 4 * block + j)));
+                store_one(y + 4 * block + j, fmaf(n[0][j], std, load_one(x + 4 * block + j)));
         });
 }
 
 void gaussian_row(const double* x, double* y, int64_t begin, int64_t end, const Draw& draw, double std) {
     const RoundKeys keys(draw);
     for (int64_t at = begin; at < end; ++at) {
-        uint32_t words[4];
+        uint32_t words[1][4];
         draw_words<Scalar>(uint32_t(at / 4), draw, keys, words);
-        const uint32_t* pair = words + (at % 4 & 2);
+        const uint32_t* pair = words[0] + (at % 4 & 2);
         const double radius = std::sqrt(-2.0 * std::log(pair[0] * 0x1p-32 + 0x1p-33));
         const double angle = kTwoPi * (pair[1] * 0x1p-32 + 0x1p-33);
         y[at] = x[at] + std * radius * (at % 2 ? std::sin(angle) : std::cos(angle));
@@ -110,35 +114,36 @@ void salt_and_pepper_row(const T* x, T* y, int64_t begin, int64_t end, const Dra
         begin, end,
         [&](int64_t block) NN_ALWAYS_INLINE {
             if constexpr (!std::is_same_v<T, double>) {
-                typename Lanes::U words[4];
+                typename Lanes::U words[kSteps][4];
                 draw_words<Lanes>(uint32_t(block), draw, keys, words);
-                Lanes::transpose(words);
+                for (auto& step : words) Lanes::transpose(step);
                 const auto salt = Lanes::set(high), pepper = Lanes::set(low);
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < 4 * kSteps; ++j) {
                     const int64_t at = 4 * block + j * Lanes::width;
-                    const auto kept = Lanes::select_below(words[j], t.either, pepper, Lanes::load(x + at));
-                    Lanes::store(y + at, Lanes::select_below(words[j], t.salt, salt, kept));
+                    const auto kept = Lanes::select_below(words[j / 4][j % 4], t.either, pepper, Lanes::load(x + at));
+                    Lanes::store(y + at, Lanes::select_below(words[j / 4][j % 4], t.salt, salt, kept));
                 }
             } else {
-                for (int64_t b = block; b < block + Lanes::width; ++b) {
-                    uint32_t words[4];
+                for (int64_t b = block; b < block + kSteps * Lanes::width; ++b) {
+                    uint32_t words[1][4];
                     draw_words<Scalar>(uint32_t(b), draw, keys, words);
                     for (int j = 0; j < 4; ++j)
-                        y[4 * b + j] = words[j] < t.salt ? high : words[j] < t.either ? low : x[4 * b + j];
+                        y[4 * b + j] = words[0][j] < t.salt ? high : words[0][j] < t.either ? low : x[4 * b + j];
                 }
             }
         },
         [&](int64_t block, int64_t first, int64_t last) {
-            uint32_t words[4];
+            uint32_t words[1][4];
             draw_words<Scalar>(uint32_t(block), draw, keys, words);
             for (int64_t j = first; j < last; ++j) {
                 const int64_t at = 4 * block + j;
-                if (words[j] >= t.either)
+                const uint32_t word = words[0][j];
+                if (word >= t.either)
                     y[at] = x[at];
                 else if constexpr (std::is_same_v<T, double>)
-                    y[at] = words[j] < t.salt ? high : low;
+                    y[at] = word < t.salt ? high : low;
                 else
-                    store_one(y + at, words[j] < t.salt ? high : low);
+                    store_one(y + at, word < t.salt ? high : low);
             }
         });
 }
@@ -239,18 +244,18 @@ const Kernels NN_TABLE = {
         for_blocks(
             begin, end,
             [&](int64_t block) NN_ALWAYS_INLINE {
-                typename Lanes::U words[4];
+                typename Lanes::U words[kSteps][4];
                 draw_words<Lanes>(uint32_t(block), draw, keys, words);
-                Lanes::transpose(words);
-                uint32_t flat[4 * Lanes::width];
+                for (auto& step : words) Lanes::transpose(step);
+                uint32_t flat[4 * kSteps * Lanes::width];
                 static_assert(sizeof(flat) == sizeof(words));
                 memcpy(flat, words, sizeof(words));
-                for (int i = 0; i < 4 * Lanes::width; ++i) out[4 * block + i] = flat[i];
+                for (int i = 0; i < 4 * kSteps * Lanes::width; ++i) out[4 * block + i] = flat[i];
             },
             [&](int64_t block, int64_t first, int64_t last) {
-                uint32_t words[4];
+                uint32_t words[1][4];
                 draw_words<Scalar>(uint32_t(block), draw, keys, words);
-                for (int64_t j = first; j < last; ++j) out[4 * block + j] = words[j];
+                for (int64_t j = first; j < last; ++j) out[4 * block + j] = words[0][j];
             });
     },
 };

@@ -1,8 +1,5 @@
 // The operators of pipeline/noise/ops.py on the CPU, through torch's stable C++ interface: one build serves torch 2.11
 // and later. Schemas, shapes for the compiler and gradients are in ops.py.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -86,24 +83,12 @@ struct Layout {
 // Whether memory goes through the elements in the logical order, in which noise is drawn.
 bool is_ordered(const Tensor& x) { return x.is_contiguous(); }
 
-// New memory comes page by page, at 0.3 us for each 4 KB: three times as long as noise takes to fill it. Large results
-// ask for pages of 2 MB.
-void ask_for_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t page = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // work(sample, begin, end) for all of every sample, in parallel; then the result in x's own layout.
 template <class Work>
 Tensor mapped(const Tensor& x, int64_t first_token, const Work& work) {
     const Tensor ordered = is_ordered(x) ? x : torch::stable::contiguous(x);
     Tensor y = torch::stable::empty_like(ordered);
     const Layout layout(ordered, first_token);
-    ask_for_large_pages(y.mutable_data_ptr(), layout.samples * layout.size * layout.bytes);
     const int64_t chunks = (layout.size + kChunk - 1) / kChunk;
     work(layout, ordered.const_data_ptr(), y.mutable_data_ptr(), chunks);
     if (is_ordered(x)) return y;
