@@ -63,24 +63,33 @@ __attribute__((target("avx2"))) static int64_t weigh_rows_avx2(const uint8_t *ro
     return x;
 }
 
-/* Each store writes 4 bytes, the last of them of the next pixel: the last pixel is left to the plain loop. */
+/* Two pixels at a time, one in each half of a vector. Each store writes 4 bytes, the last of them of the next pixel: the
+ * last pixels are left to the plain loop. */
 __attribute__((target("avx2"))) static int64_t weigh_columns_avx2(const int16_t *row, const struct axis *columns,
                                                                   uint8_t *out) {
     /* r0 g0 b0 r1 g1 b1 .. -> r0 r1, g0 g1, b0 b1, nothing */
-    const __m128i pairs = _mm_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1);
-    const __m128i half = _mm_set1_epi32(1 << (PIXEL_SHIFT - 1));
-    const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i pairs = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1));
+    const __m256i bytes = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const int64_t taps = columns->taps;
     int64_t x = 0;
-    for (; x + 2 <= columns->count; ++x) {
-        const int16_t *pixel = row + 3 * columns->first[x], *weight = columns->weights + x * columns->taps;
-        __m128i sum = half;
-        for (int64_t t = 0; t < columns->taps; t += 2, pixel += 6) {
-            const __m128i values = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)pixel), pairs);
-            const int32_t both = (uint16_t)weight[t] | weight[t + 1] << 16;
-            sum = _mm_add_epi32(sum, _mm_madd_epi16(values, _mm_set1_epi32(both)));
+    for (; x + 3 <= columns->count; x += 2) {
+        const int16_t *one = row + 3 * columns->first[x], *other = row + 3 * columns->first[x + 1];
+        const int16_t *weight = columns->weights + x * taps;
+        __m256i sum = _mm256_set1_epi32(1 << (PIXEL_SHIFT - 1));
+        for (int64_t t = 0; t < taps; t += 2, one += 6, other += 6) {
+            const __m256i values = _mm256_inserti128_si256(
+                _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)one)),
+                _mm_loadu_si128((const __m128i *)other), 1);
+            const __m256i both = _mm256_inserti128_si256(
+                _mm256_castsi128_si256(_mm_shuffle_epi32(_mm_loadu_si32(weight + t), 0)),
+                _mm_shuffle_epi32(_mm_loadu_si32(weight + taps + t), 0), 1);
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(values, pairs), both));
         }
-        sum = _mm_shuffle_epi8(_mm_srai_epi32(sum, PIXEL_SHIFT), bytes);
-        _mm_storeu_si32(out + 3 * x, sum);
+        sum = _mm256_shuffle_epi8(_mm256_srai_epi32(sum, PIXEL_SHIFT), bytes);
+        _mm_storeu_si32(out + 3 * x, _mm256_castsi256_si128(sum));
+        _mm_storeu_si32(out + 3 * x + 3, _mm256_extracti128_si256(sum, 1));
     }
     return x;
 }
