@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -148,9 +147,7 @@ Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch
 
 Tensor salt_and_pepper(Tensor x, Tensor low, Tensor high, Tensor strength, Tensor sample_ids, Tensor epoch,
                        int64_t seed, int64_t stream, int64_t first_token) {
-    const double probability = number(strength);
-    const Thresholds thresholds = {uint64_t(std::nearbyint(probability / 2 * 0x1p32)),
-                                   uint64_t(std::nearbyint(probability * 0x1p32))};
+    const Thresholds thresholds = thresholds_of(number(strength));
     const Draws draws(sample_ids, epoch, seed, stream, x.size(0));
     for (const Tensor& extreme : {low, high})
         STD_TORCH_CHECK(extreme.scalar_type() == ScalarType::Double && extreme.dim() == 2 && extreme.is_contiguous() &&

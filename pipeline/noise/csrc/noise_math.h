@@ -1,6 +1,7 @@
 // From random words to noise, on any lanes: what the CPU's and the GPU's kernels share.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "philox.h"
@@ -71,5 +72,9 @@ NN_INLINE void normals(typename L::U first, typename L::U second, typename L::F&
 struct Thresholds {
     uint64_t salt, either;
 };
+
+NN_INLINE Thresholds thresholds_of(double probability) {
+    return {uint64_t(rint(probability / 2 * 0x1p32)), uint64_t(rint(probability * 0x1p32))};
+}
 
 }  // namespace noisynn
