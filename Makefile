@@ -4,8 +4,9 @@ PYTHON_VENV := .venv/bin/python
 export NOISYNN_SAMPLES ?= $(abspath $(wildcard ../shared/data))
 # The user's own pictures for the demo: a folder with train/<class>/ and val/<class>/, or with <class>/ alone.
 DATA ?=
+PART ?=
 
-.PHONY: help setup demo test lint doctor soak clean
+.PHONY: help setup demo test lint doctor gpu soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +25,14 @@ lint: setup
 
 doctor: setup ## what is installed, what works, what to mend
 	@$(PYTHON_VENV) -m pipeline doctor
+
+gpu: ## what needs a GPU: PART=check (tests of the kernels) or PART=noise (their speed, into benchmarks/results)
+	@$(MAKE) --silent -C pipeline/noise/csrc PYTHON=$(abspath $(or $(wildcard $(PYTHON_VENV)),$(shell command -v python3)))
+	@case "$(PART)" in \
+	check) $(or $(wildcard $(PYTHON_VENV)),python3) -m pytest tests/gpu ;; \
+	noise) $(or $(wildcard $(PYTHON_VENV)),python3) -m benchmarks noise --device cuda --dtype bfloat16 --megabytes 1000 ;; \
+	*) echo "error: make gpu PART=check or PART=noise" >&2; exit 2 ;; \
+	esac
 
 soak: setup ## the long counts: faults, kills and statistics that are too slow for `make test`
 	@$(PYTHON_VENV) -m pytest -m soak

@@ -112,7 +112,7 @@ class Evaluator:
         ids = class_order(labels) if order == "class" else shuffled_order(len(labels), seed)
         config = self.injector.config
         group = (config.group_size or self.batch) if config.mixes_samples else 1
-        name = f"{config.kind}_{config.site}_{order}_k{group}"
+        name = f"{config.kind}_{config.site_label}_{order}_k{group}"
         return self._run(name, order, ids, group, ranks)
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ def _output(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         return config.output
     run = checkpoint.folder.parent.parent if checkpoint.folder.parent.name == "checkpoints" else checkpoint.folder
-    name = "per_image" if config.noise.kind == "none" else f"{config.noise.kind}_{config.noise.site}"
+    name = "per_image" if config.noise.kind == "none" else f"{config.noise.kind}_{config.noise.site_label}"
     return run / f"evaluate_{name}.json"
 
 

@@ -102,7 +102,7 @@ def micro_step(run: Training, batch: Batch, epoch: int) -> Tensor:
     run.schedule.step_update(run.step)
     # Drop path and dropout draw from torch's generator: the same for any number of ranks at one micro-batch.
     torch.manual_seed(_dropout_seed(batch.sample_ids[:1], config.seed, epoch))
-    run.injector.set_batch(ids, epoch)
+    run.injector.set_batch(ids, epoch, run.step, run.step / run.last_step)
     with run.accelerator.accumulate(run.engine), _shown_inputs(run):
         logits = run.engine(x)
         loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)

@@ -1,52 +1,83 @@
-"""Puts noise at the input of a named module of any timm model, by hooks: the model's state_dict keys stay timm's."""
+"""Puts noise at the inputs of named modules of any timm model, by hooks: the model's state_dict keys stay timm's."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import difflib
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.noise.config import IMAGE_SITE, NoiseConfig
-from pipeline.noise.ops import apply_noise, noise_stream
+from pipeline.noise.ops import apply_noise, noise_stream, random_words
+from pipeline.noise.reference import Purpose, stream_of
 
 _PROBE_BATCH = 3  # no usual number of windows or heads turns 3 rows into 3 rows of something else
 _EVALUATION_SEED = 0x5EED  # validation draws other noise than training does
 
 
+@dataclass(frozen=True)
+class _Site:
+    """One place of the noise, and its level there in this step."""
+
+    name: str
+    first_token: int
+    stream: int
+    strength: Tensor  # float64 scalar, of training; 0 where another site was picked
+    evaluation_strength: Tensor
+
+    def to(self, device: torch.device) -> _Site:
+        strengths = self.strength.to(device), self.evaluation_strength.to(device)
+        return replace(self, strength=strengths[0], evaluation_strength=strengths[1])
+
+
 class NoiseInjector:
-    """Holds the hook and what it needs of the running batch.
+    """Holds the hooks and what they need of the running batch.
 
     Call `set_batch` before each forward pass: noise is a function of (seed, epoch, sample id, site), never of a
-    hidden generator. In evaluation the epoch is 0 and the seed another.
+    hidden generator. In evaluation the epoch is 0, the seed another, and the strength the last one.
     """
 
     def __init__(self, model: nn.Module, config: NoiseConfig, image_size: int, seed: int) -> None:
         self.config = config
         self.seed = seed
         self.enabled = True
-        self.first_token = 0
+        self.sites: tuple[_Site, ...] = ()
         self._model = model
         self._sample_ids: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._handle = None
-        self._stream = noise_stream(config)
+        self._handles: list[RemovableHandle] = []
         self._extremes = _black_and_white(model) if config.site == IMAGE_SITE else None
         if config.kind == "none":
             return
-        shape = check_site(model, config.site, image_size)
-        if config.spare_prefix_tokens and config.site != IMAGE_SITE:
-            self.first_token = prefix_tokens(model, config.site, shape)
-        module = model if config.site == IMAGE_SITE else model.get_submodule(config.site)
-        self._handle = module.register_forward_pre_hook(self._hook)
+        shapes = site_shapes(model, config.site_patterns, image_size)
+        self.sites = tuple(self._site(name, shape) for name, shape in shapes.items())
+        _check_streams(self.sites)
+        for number, site in enumerate(self.sites):
+            module = model if site.name == IMAGE_SITE else model.get_submodule(site.name)
+            self._handles.append(module.register_forward_pre_hook(partial(self._hook, number)))
 
-    def set_batch(self, sample_ids: Tensor, epoch: int) -> None:
-        """sample_ids: int64 (B,), on the model's device."""
+    def set_batch(self, sample_ids: Tensor, epoch: int, step: int = 0, progress: float = 0.0) -> None:
+        """sample_ids: int64 (B,), on the model's device; progress: the share of the training that is done, 0 to 1.
+
+        In evaluation a random site is that of step 0, so that an answer does not change with the batch.
+        """
         self._sample_ids = sample_ids
+        if self._epoch.device != sample_ids.device:  # the model has been moved since
+            self._epoch = self._epoch.to(sample_ids.device)
+            self.sites = tuple(site.to(sample_ids.device) for site in self.sites)
         self._epoch.fill_(epoch)
+        level, last_level = self.config.strength_at(progress), self.config.strength_at(1.0)
+        picked, picked_in_evaluation = self._picked(epoch, step), self._picked(0, 0)
+        for number, site in enumerate(self.sites):
+            site.strength.fill_(level if picked in (None, number) else 0.0)
+            site.evaluation_strength.fill_(last_level if picked_in_evaluation in (None, number) else 0.0)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -58,21 +89,53 @@ class NoiseInjector:
             self.enabled = True
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
-    def _hook(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def _site(self, name: str, shape: tuple[int, ...]) -> _Site:
+        first_token = 0
+        if self.config.spare_prefix_tokens and name != IMAGE_SITE:
+            first_token = prefix_tokens(self._model, name, shape)
+        stream = noise_stream(replace(self.config, site=name, pick="all"))
+        zero = torch.zeros((), dtype=torch.float64)
+        return _Site(name, first_token, stream, zero, zero.clone())
+
+    def _picked(self, epoch: int, step: int) -> int | None:
+        """The number of the one site that is noisy in this step; None: all are."""
+        if self.config.pick == "all":
+            return None
+        stream = stream_of(self.config.site, Purpose.SITE)
+        word = random_words(1, torch.tensor([step]), self.seed, torch.tensor(epoch), stream).item()
+        return int(word) * len(self.sites) >> 32
+
+    def _hook(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         training = self._model.training
         if not (self.enabled and self.config.active(training)):
             return None
         assert self._sample_ids is not None, "set_batch() was not called before the forward pass"
         seed = self.seed if training else self.seed ^ _EVALUATION_SEED
-        epoch = self._epoch if training else torch.zeros_like(self._epoch)
+        site = self.sites[number]
         noisy = apply_noise(
-            args[0], self.config, self._sample_ids, seed, epoch, self.first_token, self._extremes, stream=self._stream
+            args[0],
+            self.config,
+            self._sample_ids,
+            seed,
+            self._epoch if training else torch.zeros_like(self._epoch),
+            site.first_token,
+            self._extremes,
+            site.strength if training else site.evaluation_strength,
+            site.stream,
         )
         return (noisy, *args[1:])
+
+
+def _check_streams(sites: Sequence[_Site]) -> None:
+    """Errors: ValueError where two sites would draw the same noise: 24 bits of a name's hash may be equal."""
+    first: dict[int, str] = {}
+    for site in sites:
+        if (other := first.setdefault(site.stream, site.name)) != site.name:
+            raise ValueError(f"noise.site {site.name!r} would draw the noise of {other!r}: leave one of them out")
 
 
 def _black_and_white(model: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -84,20 +147,49 @@ def _black_and_white(model: nn.Module) -> tuple[Tensor, Tensor] | None:
     return -mean / std, (1 - mean) / std
 
 
-def check_site(model: nn.Module, site: str, image_size: int) -> tuple[int, ...]:
-    """The shape that arrives at the site, its first axis the batch.
+def site_shapes(model: nn.Module, patterns: Sequence[str], image_size: int) -> dict[str, tuple[int, ...]]:
+    """Each site that the names and patterns mean, in the model's order, and the shape that arrives there, batch first.
 
-    Errors: ValueError for a module that does not exist, is not run, or whose first axis is not the batch; it names
-    the nearest that can be used.
+    A pattern means those of its modules at which noise can be; a name must be such a one.
+    Errors: ValueError for a module that does not exist, is not run, or whose first axis is not the batch, and for a
+    pattern without any that can be used; it names the nearest.
     """
-    if site == IMAGE_SITE:
-        return (_PROBE_BATCH, 3, image_size, image_size)
+    if tuple(patterns) == (IMAGE_SITE,):
+        return {IMAGE_SITE: (_PROBE_BATCH, 3, image_size, image_size)}
     names = [name for name, _ in model.named_modules() if name]
+    shapes = _input_shapes(model, image_size)
+    usable = {name: shape for name, shape in shapes.items() if shape[0] == _PROBE_BATCH}
+    wanted: set[str] = set()
+    for pattern in patterns:
+        if "*" not in pattern:
+            _check_site(model, pattern, names, shapes, list(usable))
+            wanted.add(pattern)
+            continue
+        # A star stands for one part of a name: `blocks.*` is the blocks, not all that is in them.
+        found = [name for name in usable if _matches(name, pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern, usable, n=3, cutoff=0.0)
+            raise ValueError(f"noise.site {pattern!r} fits no module that noise can be at; nearest: {', '.join(near)}")
+        wanted.update(found)
+    return {name: usable[name] for name in names if name in wanted}
+
+
+def check_site(model: nn.Module, site: str, image_size: int) -> tuple[int, ...]:
+    """The shape that arrives at one site. Errors: as site_shapes."""
+    return site_shapes(model, (site,), image_size)[site]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _check_site(
+    model: nn.Module, site: str, names: list[str], shapes: dict[str, tuple[int, ...]], usable: list[str]
+) -> None:
     if site not in names:
         near = difflib.get_close_matches(site, names, n=3, cutoff=0.3)
         raise ValueError(f"noise.site {site!r} is no module of {type(model).__name__}; nearest: {', '.join(near)}")
-    shapes = _input_shapes(model, image_size)
-    usable = [name for name, shape in shapes.items() if shape[0] == _PROBE_BATCH]
     if site not in shapes:
         raise ValueError(f"noise.site {site!r} gets no tensor in a forward pass; nearest: {_nearest(site, usable)}")
     if site not in usable:
@@ -105,7 +197,6 @@ def check_site(model: nn.Module, site: str, image_size: int) -> tuple[int, ...]:
             f"noise.site {site!r}: the first axis of its input is not the batch "
             f"({shapes[site][0]} rows for {_PROBE_BATCH} images); nearest that is: {_nearest(site, usable)}"
         )
-    return shapes[site]
 
 
 def prefix_tokens(model: nn.Module, site: str, shape: tuple[int, ...]) -> int:

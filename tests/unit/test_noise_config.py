@@ -25,6 +25,12 @@ REFUSED = [
     ({"kind": "salt_and_pepper", "strength": 0.1, "detach": True}, "noise.detach"),
     ({"kind": "uniform"}, "noise.kind is 'uniform'"),
     ({"kind": "optimal_q", "during": "training"}, "noise.during is 'training'"),
+    ({"kind": "gaussian", "strength": 0.1, "end_strength": -1.0}, "noise.end_strength is -1.0"),
+    ({"kind": "optimal_q", "end_strength": 0.1}, "noise.end_strength is 0.1, but optimal_q takes none"),
+    ({"kind": "gaussian", "strength": 0.1, "ramp": "step"}, "noise.ramp is 'step'"),
+    ({"kind": "optimal_q", "pick": "any"}, "noise.pick is 'any'"),
+    ({"kind": "optimal_q", "pick": "random_one", "site": "blocks.3"}, "noise.site 'blocks.3' is one place"),
+    ({"kind": "optimal_q", "site": "image,blocks.3"}, "image cannot stand beside modules"),
 ]
 
 
