@@ -20,6 +20,7 @@ from pipeline.noise.config import Kind, NoiseConfig
 
 TOKENS, WIDTH = 197, 768  # ViT-B/16 at 224 pixels
 GROUP = 8
+IMAGE_SIDE, IMAGE_MEAN, IMAGE_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Bytes on the way over 4 bytes an element; 9.1 was the most seen, of the reference's 64-bit integer words.
 PEAK_OVER_INPUT = 12
 STD, PROBABILITY, ALPHA = 0.5, 0.05, 0.3
@@ -85,6 +86,9 @@ def measure_noises(options: NoiseOptions, command: Sequence[str]) -> list[Row]:
             contestants = _contestants(kind, x)
             timings = compare(contestants, options.rounds, agree, on_turn)
             rows += summarise("noise", kind, "elements", contestants, timings)
+        contestants = _image_contestants(options, x.device)
+        timings = compare(contestants, options.rounds, agree, on_turn)
+        rows += summarise("noise", "image_noise, gaussian", "elements", contestants, timings)
     finish(rows, circumstances | {"conditions": conditions}, path)
     print("`reference` is the specification that kernels must meet, written to be plainly right; it is not fast code.")
     return rows
@@ -150,6 +154,45 @@ def _contestants(kind: Kind, x: Tensor) -> list[Contestant]:
             settings=settings,
             output=None if name in ("clone", "copy") else partial(_made, run, x, random),
             bytes_per_item=2 * x.element_size(),
+        )
+        for name, (run, settings) in work.items()
+    ]
+
+
+def _image_contestants(options: NoiseOptions, device: torch.device) -> list[Contestant]:
+    """uint8 pictures of 224 pixels to the network's input: half mirrored, normalised, Gaussian noise."""
+    dtype = _DTYPES[options.dtype]
+    count = max(GROUP, int(options.megabytes * 1e6) // (3 * IMAGE_SIDE**2 * dtype.itemsize))
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, IMAGE_SIDE, IMAGE_SIDE, 3)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    mean, std = (torch.tensor(value, device=device) for value in (IMAGE_MEAN, IMAGE_STD))
+    flip = torch.arange(count, device=device) % 2 == 0
+    config, ids, epoch = NoiseConfig(kind="gaussian", strength=STD), torch.arange(count, device=device), torch.tensor(0)
+
+    def chain(pictures: Tensor) -> Tensor:
+        x = pictures.permute(0, 3, 1, 2).float()
+        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+        x = (x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        return (x + torch.randn_like(x) * STD).to(dtype).contiguous()
+
+    plain = reference.image_noise(images, mean, std, NoiseConfig(), ids, 0, epoch, flip)
+    expression = "permute, float, flip, / 255, - mean, / std, + torch.randn_like(x) * s"
+    work: dict[str, tuple[Callable[[], Tensor], str]] = {
+        "eager": (partial(chain, images), expression),
+        "torch.compile": (partial(torch.compile(chain), images), f"torch.compile of {expression}"),
+        "operator": (
+            partial(ops.image_noise, images, mean, std, config, ids, 0, epoch, flip, dtype),
+            f"pipeline/noise/ops.py, {'kernels' if native.is_loaded(device.type) else 'NO KERNELS: the reference'}",
+        ),
+    }
+    return [
+        Contestant(
+            name=name,
+            round=partial(_round, run, plain),
+            settings=settings,
+            output=partial(_made, run, plain, True),
+            bytes_per_item=1 + dtype.itemsize,
         )
         for name, (run, settings) in work.items()
     ]

@@ -35,6 +35,12 @@ torch.library.define(
 torch.library.define(
     "noisynn::random_words", "(Tensor sample_ids, Tensor epoch, int count, int seed, int stream) -> Tensor"
 )
+torch.library.define(
+    "noisynn::image_noise_",
+    f"(Tensor images, Tensor mean, Tensor std, Tensor flip, int kind, Tensor strength, {_DRAW}, int group_size, "
+    "bool channels_last, Tensor(a!) out) -> ()",
+)
+_IMAGE_KINDS = ("none", "gaussian", "salt_and_pepper", "circular_shift", "optimal_q")  # csrc/image_cpu.cpp's order
 
 
 # ---- what a user calls ----
@@ -104,6 +110,57 @@ def optimal_q(
     """
     strength = _strength(1.0 if on is None else on, "on", x, 0.0, 1.0)
     return _linear_mix(x, strength, True, group_size, first_token, detach)
+
+
+def image_noise(
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    config: NoiseConfig,
+    sample_ids: Tensor,
+    seed: int,
+    epoch: Tensor,
+    flip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    strength: Tensor | None = None,
+    stream: int | None = None,
+) -> Tensor:
+    """Pictures -> mirrored where `flip` -> normalised -> the configured noise, in one pass over memory.
+
+    images: uint8 (B, H, W, 3); mean, std: float32 (3,), of levels from 0 to 1; flip: bool (B,); dtype: float32, float16
+    or bfloat16. Returns (B, 3, H, W), contiguous or channels_last. strength, stream: as in apply_noise.
+    Errors: ValueError naming what does not fit.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (samples, height, width, 3)")
+    if dtype not in DTYPES[:3]:
+        raise ValueError(f"image_noise to {dtype}: take float32, bfloat16 or float16")
+    for name, value in (("mean", mean), ("std", std)):
+        if value.numel() != 3 or value.dtype != torch.float32:
+            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}: give float32, one for each channel")
+    if flip is not None and (flip.shape != images.shape[:1] or flip.dtype != torch.bool):
+        raise ValueError(f"flip is {flip.dtype} {tuple(flip.shape)}: give bool, one for each of {len(images)} samples")
+    _check_ids(images, sample_ids)
+    level: Any = (1.0 if config.strength is None else config.strength) if strength is None else strength
+    count, height, width, _ = images.shape
+    out = torch.empty((count, 3, height, width), dtype=dtype, device=images.device, memory_format=memory_format)
+    torch.ops.noisynn.image_noise_(
+        images,
+        mean.contiguous(),
+        std.contiguous(),
+        torch.empty(0, dtype=torch.bool, device=images.device) if flip is None else flip.contiguous(),
+        _IMAGE_KINDS.index(config.kind),
+        _strength(level, "strength", images, 0.0, math.inf),
+        sample_ids,
+        epoch.to(images.device),
+        seed & _MASK32,
+        noise_stream(config) if stream is None else stream,
+        max(1, count) if config.group_size is None else config.group_size,
+        memory_format == torch.channels_last,
+        out,
+    )
+    return out
 
 
 def random_words(count: int, sample_ids: Tensor, seed: int, epoch: Tensor, stream: int) -> Tensor:
@@ -260,6 +317,17 @@ def _plain_random_words(sample_ids, epoch, count, seed, stream):
     return reference.random_words(count, sample_ids, seed, epoch, stream).contiguous()
 
 
+def _plain_image_noise(images, mean, std, flip, kind, strength, sample_ids, epoch, seed, stream, group, last, out):
+    x = reference.image_noise(images, mean, std, NoiseConfig(), sample_ids, seed, epoch, flip if len(flip) else None)
+    options: dict[str, Any] = {"kind": _IMAGE_KINDS[kind], "group_size": group}
+    if _IMAGE_KINDS[kind] not in ("none", "optimal_q"):
+        options["strength"] = strength.item()
+    if strength != 0 and kind:
+        extremes = tuple((level - mean).div(std).view(3, 1, 1) for level in (0, 1))
+        x = reference.apply_noise(x, NoiseConfig(**options), sample_ids, seed, epoch, 0, extremes)
+    out.copy_(x)
+
+
 def _like_x(x, *args):
     return torch.empty_like(x)
 
@@ -267,6 +335,7 @@ def _like_x(x, *args):
 _register("gaussian_noise", _plain_gaussian, _like_x)
 _register("salt_and_pepper", _plain_salt_and_pepper, _like_x)
 _register("linear_mix", _plain_linear_mix, _like_x)
+_register("image_noise_", _plain_image_noise, lambda *args: None)
 _register(
     "random_words",
     _plain_random_words,

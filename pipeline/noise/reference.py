@@ -211,3 +211,29 @@ def apply_noise(
         return circular_shift(x, strength, config.group_size, first_token, config.detach)
     assert config.kind == "optimal_q", config.kind
     return optimal_q(x, config.group_size, first_token, config.detach)
+
+
+def image_noise(
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    config: NoiseConfig,
+    sample_ids: Tensor,
+    seed: int,
+    epoch: Tensor,
+    flip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Pictures -> mirrored where `flip` -> normalised -> the configured noise, rounded once to `dtype`.
+
+    images: uint8 (B, H, W, 3); mean, std: (3,), of levels from 0 to 1; flip: bool (B,). Returns (B, 3, H, W).
+    Salt is white and pepper black.
+    """
+    x = images.permute(0, 3, 1, 2).to(torch.float32)
+    if flip is not None:
+        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+    mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
+    x = (x / 255 - mean) / std
+    if config.kind != "none":
+        x = apply_noise(x, config, sample_ids, seed, epoch, extremes=(-mean / std, (1 - mean) / std))
+    return x.to(dtype)

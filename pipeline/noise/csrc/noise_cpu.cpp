@@ -1,22 +1,15 @@
 // The operators of pipeline/noise/ops.py on the CPU, through torch's stable C++ interface: one build serves torch 2.11
 // and later. Schemas, shapes for the compiler and gradients are in ops.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu_kernels.h"
+#include "cpu_operators.h"
 
 namespace noisynn {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kChunk = 1 << 14;  // elements of one task: some 10 us of work, and a whole number of vectors
 
 bool runs_here(const Kernels& table) {
 #if defined(__x86_64__)
@@ -42,20 +35,16 @@ const Kernels& chosen_kernels() {
     STD_TORCH_CHECK(false, "NOISYNN_LANES is ", wanted, ": give AVX-512, AVX2 or `one lane`");
 }
 
+}  // namespace
+
 const Kernels& kernels() {
     static const Kernels& chosen = chosen_kernels();
     return chosen;
 }
 
-Format format_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case ScalarType::Float: return Format::float32;
-        case ScalarType::BFloat16: return Format::bfloat16;
-        case ScalarType::Half: return Format::float16;
-        case ScalarType::Double: return Format::float64;
-        default: STD_TORCH_CHECK(false, "noise takes float32, bfloat16, float16 and float64");
-    }
-}
+namespace {
+
+constexpr int64_t kChunk = 1 << 14;  // elements of one task: some 10 us of work, and a whole number of vectors
 
 // x as (samples, elements of a sample), of which the first `spared` stay as they are.
 struct Layout {
@@ -104,32 +93,6 @@ void for_chunks(const Layout& layout, int64_t rows, int64_t chunks, const Each& 
         }
     });
 }
-
-double number(const Tensor& scalar) {
-    STD_TORCH_CHECK(scalar.numel() == 1 && scalar.scalar_type() == ScalarType::Double, "strength: float64, one number");
-    return *static_cast<const double*>(scalar.const_data_ptr());
-}
-
-class Draws {
-public:
-    Draws(const Tensor& sample_ids, const Tensor& epoch, int64_t seed, int64_t stream, int64_t samples)
-        : ids_(torch::stable::contiguous(sample_ids)) {
-        STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long && sample_ids.numel() == samples,
-                        "sample_ids: int64, one for each sample");
-        STD_TORCH_CHECK(epoch.scalar_type() == ScalarType::Long && epoch.numel() == 1, "epoch: int64, one number");
-        const int64_t number = *static_cast<const int64_t*>(epoch.const_data_ptr());
-        common_ = {uint32_t(seed), uint32_t(number), uint32_t(stream), 0};
-    }
-    Draw of(int64_t sample) const {
-        Draw draw = common_;
-        draw.sample_id = uint64_t(static_cast<const int64_t*>(ids_.const_data_ptr())[sample]);
-        return draw;
-    }
-
-private:
-    Tensor ids_;
-    Draw common_;
-};
 
 Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch, int64_t seed, int64_t stream,
                       int64_t first_token) {
