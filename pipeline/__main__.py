@@ -1,4 +1,4 @@
-"""python -m pipeline train | evaluate | export | report | doctor"""
+"""python -m pipeline train | evaluate | entropy | export | report | doctor"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 _COMMANDS = {
     "train": "pretrain or fine-tune by a recipe: `train RECIPE [options]`",
     "evaluate": "exact top-1 and top-5 of a checkpoint, per image and by transductive protocols",
+    "entropy": "dS of a noise by definition, beside the information measured in a checkpoint's features",
     "export": "a checkpoint's weights as timm-named safetensors",
     "report": "results.json and report.html of a pretraining and a fine-tuning run",
     "doctor": "what is installed, what works, what to mend",
@@ -54,6 +55,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
     return {
         "train": commands.train_command,
         "evaluate": commands.evaluate_command,
+        "entropy": commands.entropy_command,
         "export": commands.export_command,
         "report": commands.report_command,
     }[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
@@ -15,6 +16,10 @@ from pipeline.evaluate import Accuracy, EvaluateConfig, evaluate, load_model, op
 from pipeline.parallel import guard_rank, launch, launched_here, quiet_libraries, ranks_from_environment
 from pipeline.recipes import all_recipes
 from pipeline.train import check, run_training
+
+if TYPE_CHECKING:  # their module brings scipy, which only `entropy` needs
+    from pipeline.information import InformationRow
+    from pipeline.noise.entropy import Interval
 
 
 def train_command(arguments: list[str]) -> int:
@@ -66,6 +71,40 @@ def print_accuracies(results: list[Accuracy]) -> None:
         print(
             "Transductive figures depend on the other pictures of the batch; the per-image one is the model's accuracy."
         )
+
+
+def entropy_command(arguments: list[str]) -> int:
+    from pipeline.information import EntropyConfig, measure_information
+
+    config = tyro.cli(EntropyConfig, prog="python -m pipeline entropy", args=arguments)
+    print_information(measure_information(config, ranks_from_environment()))
+    return 0
+
+
+def print_information(rows: list[InformationRow]) -> None:
+    """A table of definition beside measurement, where they disagree, and what the definition does not say."""
+    from pipeline.information import caveats
+
+    def nats(found: Interval) -> str:
+        return f"{found.nats:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+    table = Table(
+        "noise", "level", "order", "k", "dS", "by definition", "I(Y;Z)", "I(Y;Z+e)", "probe: >=", "probe, noise: >="
+    )
+    for r in rows:
+        table.add_row(
+            r.kind,
+            "" if r.level is None else f"{r.level:g}",
+            r.order,
+            str(r.k),
+            f"{r.entropy_change_nats:.4g} a {r.per}",
+            r.verdict,
+            *(nats(found) for found in (r.clean, r.noisy, r.clean_probe_bound, r.noisy_probe_bound)),
+        )
+    Console().print(table)
+    print(f"In nats, with intervals of 95 %; H(Y) = {rows[0].label_entropy_nats:.3f}, n = {rows[0].num_images}.")
+    for sentence in [*filter(None, (row.disagreement for row in rows)), *caveats(rows)]:
+        print(sentence)
 
 
 @dataclass(frozen=True)
