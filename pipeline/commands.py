@@ -85,24 +85,24 @@ def print_information(rows: list[InformationRow]) -> None:
     """A table of definition beside measurement, where they disagree, and what the definition does not say."""
     from pipeline.information import caveats
 
-    def nats(found: Interval) -> str:
-        return f"{found.nats:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    def nats(*off_and_on: Interval) -> str:
+        return "\n".join(f"{i.nats:.3f} ±{max(i.high - i.nats, i.nats - i.low):.3f}" for i in off_and_on)
 
-    table = Table(
-        "noise", "level", "order", "k", "dS", "by definition", "I(Y;Z)", "I(Y;Z+e)", "probe: >=", "probe, noise: >="
-    )
+    table = Table("noise", "order", "k", "dS by definition", "", "I(Y;Z)", "probe: at least")
     for r in rows:
         table.add_row(
-            r.kind,
-            "" if r.level is None else f"{r.level:g}",
-            r.order,
+            r.kind if r.level is None else f"{r.kind} {r.level:g}",
+            r.order if r.transductive else "any",
             str(r.k),
-            f"{r.entropy_change_nats:.4g} a {r.per}",
-            r.verdict,
-            *(nats(found) for found in (r.clean, r.noisy, r.clean_probe_bound, r.noisy_probe_bound)),
+            f"{r.entropy_change_nats:.4g} {r.verdict}",
+            "off\non",
+            nats(r.clean, r.noisy),
+            nats(r.clean_probe_bound, r.noisy_probe_bound),
         )
     Console().print(table)
-    print(f"In nats, with intervals of 95 %; H(Y) = {rows[0].label_entropy_nats:.3f}, n = {rows[0].num_images}.")
+    units = ", ".join(sorted({r.per for r in rows}))
+    print(f"In nats, ± for 95 %. dS is of one {units}; I(Y;Z) of one sample, with the noise off and on.")
+    print(f"H(Y) = {rows[0].label_entropy_nats:.3f}, n = {rows[0].num_images}.")
     for sentence in [*filter(None, (row.disagreement for row in rows)), *caveats(rows)]:
         print(sentence)
 

@@ -114,7 +114,8 @@ class InformationRow:
         moved = "rose" if rose else "fell" if self.change.high < 0 else "did not rise beyond its interval"
         return (
             f"{self.name}: {self.verdict} by definition (dS = {self.entropy_change_nats:.4g}), but the measured "
-            f"information of a sample's features on its label {moved} ({by})."
+            f"information of a sample's features on its label {moved} ({by}; the probe's bound went from "
+            f"{self.clean_probe_bound.nats:.3f} to {self.noisy_probe_bound.nats:.3f})."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def definition(noise: NoiseConfig, k: int, joint: np.ndarray, axes: int, entries
     """
     level = noise.strength or 0.0
     if noise.kind == "gaussian":
-        return entropy.gaussian_change(joint, axes, level**2 / entries_pooled), f"sample, {axes} features"
+        return entropy.gaussian_change(joint, axes, level**2 / entries_pooled), f"sample ({axes} features)"
     if noise.kind == "salt_and_pepper":
         return entropy.salt_and_pepper_change(level), "entry"
     if noise.kind == "circular_shift":

@@ -149,8 +149,8 @@ def row(kind: str, change: tuple[float, float, float], ds: float) -> Information
         ((0.0, -0.1, 0.1), -5.0, None),
         ((0.0, 0.0, 0.0), 0.0, None),
         ((0.05, -0.01, 0.11), 5.0, "positive by definition (dS = 5), but the measured information .* did not rise"),
-        ((-0.2, -0.3, -0.1), 5.0, "positive by definition .* fell (-0.200 nats, from -0.300 to -0.100)"),
-        ((0.2, 0.1, 0.3), -5.0, "harmful by definition (dS = -5), but .* rose (+0.200 nats, from +0.100 to +0.300)"),
+        ((-0.2, -0.3, -0.1), 5.0, "positive by definition .* fell (-0.200 nats, from -0.300 to -0.100;"),
+        ((0.2, 0.1, 0.3), -5.0, "harmful by definition (dS = -5), but .* rose (+0.200 nats, from +0.100 to +0.300;"),
         ((0.2, 0.1, 0.3), 0.0, "harmful by definition .* rose"),
     ],
 )
@@ -264,6 +264,7 @@ def test_the_command_prints_the_table_and_writes_it(run, jpg_split, capsys):
     for found in body["rows"]:
         assert (found["disagreement"] is None) == (found["change"]["low"] > 0)
         assert found["disagreement"] is None or found["disagreement"] in printed
+        assert f"{found['noisy']['nats']:.3f} ±" in printed
 
 
 @pytest.mark.parametrize("form", ["wds", "ffcv"])
