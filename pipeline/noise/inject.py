@@ -1,4 +1,7 @@
-"""Puts noise at the inputs of named modules of any timm model, by hooks: the model's state_dict keys stay timm's."""
+"""Puts noise at the inputs of named modules of any timm model: its state_dict keys stay timm's.
+
+By hooks, or, behind a LayerNorm that feeds the site alone, in one pass with it (norm.py).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.noise.config import IMAGE_SITE, NoiseConfig
-from pipeline.noise.ops import apply_noise, noise_stream, random_words
+from pipeline.noise.norm import NormNoise, norm_before
+from pipeline.noise.operators import NORM_KINDS
+from pipeline.noise.ops import apply_noise, noise_stream, norm_noise, random_words
 from pipeline.noise.reference import Purpose, stream_of
 
 _PROBE_BATCH = 3  # no usual number of windows or heads turns 3 rows into 3 rows of something else
@@ -53,6 +58,7 @@ class NoiseInjector:
         self._sample_ids: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._handles: list[RemovableHandle] = []
+        self._replaced: dict[str, nn.Module] = {}  # norms by their names, as they were
         self._extremes = _black_and_white(model) if config.site == IMAGE_SITE else None
         if config.kind == "none":
             return
@@ -60,8 +66,7 @@ class NoiseInjector:
         self.sites = tuple(self._site(name, shape) for name, shape in shapes.items())
         _check_streams(self.sites)
         for number, site in enumerate(self.sites):
-            module = model if site.name == IMAGE_SITE else model.get_submodule(site.name)
-            self._handles.append(module.register_forward_pre_hook(partial(self._hook, number)))
+            self._attach(number, site.name)
 
     def set_batch(self, sample_ids: Tensor, epoch: int, step: int = 0, progress: float = 0.0) -> None:
         """sample_ids: int64 (B,), on the model's device; progress: the share of the training that is done, 0 to 1.
@@ -92,6 +97,20 @@ class NoiseInjector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for name, norm in self._replaced.items():
+            _put(self._model, name, norm)
+        self._replaced.clear()
+
+    def _attach(self, number: int, site: str) -> None:
+        norm = norm_before(self._model, site) if self.config.kind in NORM_KINDS else None
+        if norm is None:
+            module = self._model if site == IMAGE_SITE else self._model.get_submodule(site)
+            self._handles.append(module.register_forward_pre_hook(partial(self._hook, number)))
+            return
+        plain = self._model.get_submodule(norm)
+        assert isinstance(plain, nn.LayerNorm)
+        self._replaced[norm] = plain
+        _put(self._model, norm, NormNoise(plain, partial(self._normalise, number)))
 
     def _site(self, name: str, shape: tuple[int, ...]) -> _Site:
         first_token = 0
@@ -110,24 +129,39 @@ class NoiseInjector:
         return int(word) * len(self.sites) >> 32
 
     def _hook(self, number: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        training = self._model.training
-        if not (self.enabled and self.config.active(training)):
+        if not self._is_active():
             return None
-        assert self._sample_ids is not None, "set_batch() was not called before the forward pass"
-        seed = self.seed if training else self.seed ^ _EVALUATION_SEED
         site = self.sites[number]
+        ids, seed, epoch, strength = self._draw(site)
         noisy = apply_noise(
-            args[0],
-            self.config,
-            self._sample_ids,
-            seed,
-            self._epoch if training else torch.zeros_like(self._epoch),
-            site.first_token,
-            self._extremes,
-            site.strength if training else site.evaluation_strength,
-            site.stream,
+            args[0], self.config, ids, seed, epoch, site.first_token, self._extremes, strength, site.stream
         )
         return (noisy, *args[1:])
+
+    def _normalise(self, number: int, x: Tensor, norm: NormNoise) -> Tensor | None:
+        """What stands in for a norm's result; None: the norm's own."""
+        if not self._is_active():
+            return None
+        site = self.sites[number]
+        ids, seed, epoch, strength = self._draw(site)
+        return norm_noise(
+            x, norm.weight, norm.bias, norm.eps, self.config, ids, seed, epoch, site.first_token, strength, site.stream
+        )
+
+    def _is_active(self) -> bool:
+        return self.enabled and self.config.active(self._model.training)
+
+    def _draw(self, site: _Site) -> tuple[Tensor, int, Tensor, Tensor]:
+        """(sample ids, seed, epoch, strength) of the running batch."""
+        assert self._sample_ids is not None, "set_batch() was not called before the forward pass"
+        if self._model.training:
+            return self._sample_ids, self.seed, self._epoch, site.strength
+        return self._sample_ids, self.seed ^ _EVALUATION_SEED, torch.zeros_like(self._epoch), site.evaluation_strength
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
 
 
 def _check_streams(sites: Sequence[_Site]) -> None:
@@ -237,6 +271,8 @@ def _input_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...
 
     for name, module in probe.named_modules():
         module._forward_pre_hooks.clear()  # another injector's: its sample ids are not the probe's
+        if isinstance(module, NormNoise):
+            module.noisy = None
         module.register_forward_pre_hook(record(name))
     with torch.no_grad():
         probe(torch.empty(_PROBE_BATCH, 3, image_size, image_size, device="meta"))

@@ -1,8 +1,8 @@
-"""The noises as operators of torch: schema, shapes for the compiler, gradients; kernels where they are built.
+"""The noises as a user calls them: arguments checked, then the operators of operators.py.
 
 Each takes what reference.py takes and gives what it gives: the same random integers, and floats to within the bounds
 that tests/unit/test_noise_ops.py states. Strength and epoch may be tensors, so that a compiled model does not compile
-again when they change. Nothing is kept for the backward pass but the sample ids: what is needed is drawn again.
+again when they change.
 """
 
 from __future__ import annotations
@@ -13,34 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.noise import native, reference
-from pipeline.noise.config import NoiseConfig
+from pipeline.noise.config import LINEAR_KINDS, NoiseConfig
+from pipeline.noise.operators import IMAGE_KINDS, NORM_KINDS
 from pipeline.noise.reference import Purpose, stream_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SAMPLE_ELEMENTS = 1 << 34  # blocks of four are counted in 32 bits
+NORM_UNIT, NORM_WIDEST = 8, 1024  # elements that norm_noise takes at a time, and of a row that a GPU's warp can hold
 _MASK32 = 0xFFFFFFFF
-_DRAW = "Tensor sample_ids, Tensor epoch, int seed, int stream"
-
-torch.library.define("noisynn::gaussian_noise", f"(Tensor x, Tensor strength, {_DRAW}, int first_token) -> Tensor")
-torch.library.define(
-    "noisynn::salt_and_pepper",
-    f"(Tensor x, Tensor low, Tensor high, Tensor strength, {_DRAW}, int first_token) -> Tensor",
-)
-torch.library.define(
-    "noisynn::linear_mix",
-    "(Tensor x, Tensor strength, bool optimal, int group_size, int first_token, bool transposed, bool detach)"
-    " -> Tensor",
-)
-torch.library.define(
-    "noisynn::random_words", "(Tensor sample_ids, Tensor epoch, int count, int seed, int stream) -> Tensor"
-)
-torch.library.define(
-    "noisynn::image_noise_",
-    f"(Tensor images, Tensor mean, Tensor std, Tensor flip, int kind, Tensor strength, {_DRAW}, int group_size, "
-    "bool channels_last, Tensor(a!) out) -> ()",
-)
-_IMAGE_KINDS = ("none", "gaussian", "salt_and_pepper", "circular_shift", "optimal_q")  # csrc/image_cpu.cpp's order
 
 
 # ---- what a user calls ----
@@ -150,7 +130,7 @@ def image_noise(
         mean.contiguous(),
         std.contiguous(),
         torch.empty(0, dtype=torch.bool, device=images.device) if flip is None else flip.contiguous(),
-        _IMAGE_KINDS.index(config.kind),
+        IMAGE_KINDS.index(config.kind),
         _strength(level, "strength", images, 0.0, math.inf),
         sample_ids,
         epoch.to(images.device),
@@ -161,6 +141,58 @@ def image_noise(
         out,
     )
     return out
+
+
+def norm_noise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    config: NoiseConfig,
+    sample_ids: Tensor,
+    seed: int,
+    epoch: Tensor,
+    first_token: int = 0,
+    strength: Tensor | None = None,
+    stream: int | None = None,
+) -> Tensor:
+    """LayerNorm over the last axis and the configured noise behind it, in one pass, rounded once to x's dtype.
+
+    x: (B, N, C); weight, bias: (C,). In two passes, and rounded after the first, where a pass cannot do it: for
+    salt-and-pepper (whose extremes are those of the whole group), for a C that is no multiple of 8 or is above 1,024,
+    and where a linear noise's last group is one sample.
+    strength, stream, first_token: as in apply_noise. Errors: ValueError naming what does not fit.
+    """
+    _check_batch(x, first_token)
+    _check_ids(x, sample_ids)
+    width = x.shape[-1]
+    if weight.shape != (width,) or bias.shape != (width,):
+        raise ValueError(
+            f"LayerNorm of {tuple(weight.shape)} weights and {tuple(bias.shape)} biases on rows of {width}"
+        )
+    group = max(1, len(x)) if config.group_size is None else config.group_size
+    # A sample on its own must get what torch's LayerNorm gives, to the bit.
+    alone = config.kind in LINEAR_KINDS and (group == 1 or len(x) % group == 1)
+    if config.kind not in NORM_KINDS or alone or x.ndim != 3 or width % NORM_UNIT or width > NORM_WIDEST:
+        normal = torch.nn.functional.layer_norm(x, (width,), weight.to(x.dtype), bias.to(x.dtype), eps)
+        return apply_noise(normal, config, sample_ids, seed, epoch, first_token, None, strength, stream)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    level: Any = (1.0 if config.strength is None else config.strength) if strength is None else strength
+    return torch.ops.noisynn.norm_noise(
+        x,
+        weight.to(wide),
+        bias.to(wide),
+        eps,
+        NORM_KINDS.index(config.kind),
+        _strength(level, "strength", x, 0.0, math.inf),
+        sample_ids,
+        epoch.to(x.device),
+        seed & _MASK32,
+        noise_stream(config) if stream is None else stream,
+        group,
+        min(first_token, x.shape[1]),
+        config.detach,
+    )[0]
 
 
 def random_words(count: int, sample_ids: Tensor, seed: int, epoch: Tensor, stream: int) -> Tensor:
@@ -270,112 +302,3 @@ def _linear_mix(
         raise ValueError(f"group_size is {group_size}: give at least 1, or None for the whole batch")
     group = max(1, len(x)) if group_size is None else group_size
     return torch.ops.noisynn.linear_mix(x, strength, optimal, group, first_token, False, detach)
-
-
-# ---- gradients, shapes, and what stands in for kernels that are not built ----
-
-
-def _register(name: str, plain: Any, fake: Any) -> None:
-    operator = f"noisynn::{name}"
-    torch.library.register_fake(operator, fake)
-    for device_type in ("cpu", "cuda"):
-        if not native.is_loaded(device_type):
-            torch.library.impl(operator, device_type, plain)
-
-
-def _plain_gaussian(x, strength, sample_ids, epoch, seed, stream, first_token):
-    if strength == 0:
-        return x.clone()
-    y = reference.gaussian_noise(x, strength.item(), sample_ids, seed, epoch, stream, first_token)
-    return torch.empty_like(x).copy_(y)
-
-
-def _plain_salt_and_pepper(x, low, high, strength, sample_ids, epoch, seed, stream, first_token):
-    shape = (len(x), low.shape[1], *[1] * (x.ndim - 2)) if x.ndim > 1 else (len(x),)
-    extremes = low.reshape(shape), high.reshape(shape)
-    y = reference.salt_and_pepper(
-        x, strength.item(), sample_ids, seed, epoch, stream, first_token=first_token, extremes=extremes
-    )
-    return torch.empty_like(x).copy_(y)
-
-
-def _plain_linear_mix(x, strength, optimal, group_size, first_token, transposed, detach):
-    if strength == 0 or len(x) == 0:
-        return x.clone()
-    if optimal:
-        y = reference.optimal_q(x, group_size, first_token)
-    elif transposed:  # the ring the other way round, group by group
-        turned = torch.cat([group.flip(0) for group in x.split(group_size)])
-        mixed = reference.circular_shift(turned, strength.item(), group_size, first_token)
-        y = torch.cat([group.flip(0) for group in mixed.split(group_size)])
-    else:
-        y = reference.circular_shift(x, strength.item(), group_size, first_token)
-    return torch.empty_like(x).copy_(y)
-
-
-def _plain_random_words(sample_ids, epoch, count, seed, stream):
-    return reference.random_words(count, sample_ids, seed, epoch, stream).contiguous()
-
-
-def _plain_image_noise(images, mean, std, flip, kind, strength, sample_ids, epoch, seed, stream, group, last, out):
-    x = reference.image_noise(images, mean, std, NoiseConfig(), sample_ids, seed, epoch, flip if len(flip) else None)
-    options: dict[str, Any] = {"kind": _IMAGE_KINDS[kind], "group_size": group}
-    if _IMAGE_KINDS[kind] not in ("none", "optimal_q"):
-        options["strength"] = strength.item()
-    if strength != 0 and kind:
-        extremes = tuple((level - mean).div(std).view(3, 1, 1) for level in (0, 1))
-        x = reference.apply_noise(x, NoiseConfig(**options), sample_ids, seed, epoch, 0, extremes)
-    out.copy_(x)
-
-
-def _like_x(x, *args):
-    return torch.empty_like(x)
-
-
-_register("gaussian_noise", _plain_gaussian, _like_x)
-_register("salt_and_pepper", _plain_salt_and_pepper, _like_x)
-_register("linear_mix", _plain_linear_mix, _like_x)
-_register("image_noise_", _plain_image_noise, lambda *args: None)
-_register(
-    "random_words",
-    _plain_random_words,
-    lambda sample_ids, epoch, count, seed, stream: sample_ids.new_empty((sample_ids.shape[0], count)),
-)
-
-
-def _gaussian_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (gradient, *[None] * 6)
-
-
-def _keep_draw(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, high, strength, sample_ids, epoch, *ctx.draw = inputs
-    ctx.parts = high.shape[1]
-    ctx.save_for_backward(strength, sample_ids, epoch)
-
-
-def _salt_and_pepper_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """What was replaced gets none: the same decision again, with 0 for both extremes."""
-    strength, sample_ids, epoch = ctx.saved_tensors
-    nothing = torch.zeros((gradient.shape[0], ctx.parts), dtype=torch.float64, device=gradient.device)
-    kept = torch.ops.noisynn.salt_and_pepper(gradient, nothing, nothing, strength, sample_ids, epoch, *ctx.draw)
-    return (kept, *[None] * 8)
-
-
-def _keep_mix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, strength, *ctx.mix = inputs
-    ctx.save_for_backward(strength)
-
-
-def _linear_mix_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (strength,) = ctx.saved_tensors
-    optimal, group_size, first_token, transposed, detach = ctx.mix
-    if not detach:
-        gradient = torch.ops.noisynn.linear_mix(
-            gradient, strength, optimal, group_size, first_token, not transposed, False
-        )
-    return (gradient, *[None] * 6)
-
-
-torch.library.register_autograd("noisynn::gaussian_noise", _gaussian_backward)
-torch.library.register_autograd("noisynn::salt_and_pepper", _salt_and_pepper_backward, setup_context=_keep_draw)
-torch.library.register_autograd("noisynn::linear_mix", _linear_mix_backward, setup_context=_keep_mix)

@@ -237,3 +237,23 @@ def image_noise(
     if config.kind != "none":
         x = apply_noise(x, config, sample_ids, seed, epoch, extremes=(-mean / std, (1 - mean) / std))
     return x.to(dtype)
+
+
+def norm_noise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    config: NoiseConfig,
+    sample_ids: Tensor,
+    seed: int,
+    epoch: Tensor,
+    first_token: int = 0,
+) -> Tensor:
+    """LayerNorm over the last axis and the configured noise behind it, in float32 at least, rounded once to x's dtype.
+
+    x: (B, N, C); weight, bias: (C,). The official ViT's place of the noise: between `norm1` and `qkv`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normal = torch.nn.functional.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return apply_noise(normal, config, sample_ids, seed, epoch, first_token).to(x.dtype)

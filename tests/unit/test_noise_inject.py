@@ -82,9 +82,13 @@ def test_the_module_s_input_changes_exactly_by_the_reference(build, site, first_
         mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
         extremes = (torch.zeros(3, 1, 1) - mean) / std, (torch.ones(3, 1, 1) - mean) / std
     expected = apply_noise(clean, injector.config, IDS, SEED, torch.tensor(3), first_token, extremes)
-    assert torch.equal(noisy, expected)
-    assert not torch.equal(noisy, clean)
-    assert torch.equal(noisy[:, :first_token], clean[:, :first_token])
+    if isinstance(injector._replaced.get("blocks.1.norm1"), torch.nn.LayerNorm):  # in one pass with LayerNorm
+        torch.testing.assert_close(noisy, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(noisy[:, :first_token], clean[:, :first_token], rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(noisy, expected)
+        assert torch.equal(noisy[:, :first_token], clean[:, :first_token])
+    assert not torch.allclose(noisy, clean, atol=1e-3)
     assert [place.first_token for place in injector.sites] == [first_token]
 
 

@@ -209,6 +209,53 @@ void circular_shift(const double* x, double* y, int64_t begin, int64_t end, cons
 }
 
 }  // namespace
+}  // namespace noisynn
+
+#include "norm_rows.h"
+
+namespace noisynn {
+namespace {
+
+// The formats whose wide one is F.
+template <class F, class Call>
+void with_narrow(Format format, const Call& call) {
+    if constexpr (std::is_same_v<F, double>) {
+        call(Type<double>{});
+    } else {
+        if (format == Format::float32) call(Type<float>{});
+        if (format == Format::bfloat16) call(Type<BFloat16>{});
+        if (format == Format::float16) call(Type<Half>{});
+    }
+}
+
+template <class F>
+constexpr RowKernels<F> row_kernels() {
+    return {
+        [](Format format, const void* x, F* wide, int64_t count) {
+            with_narrow<F>(format, [&](auto type) {
+                to_wide(static_cast<const typename decltype(type)::type*>(x), wide, count);
+            });
+        },
+        [](Format format, const F* wide, void* y, int64_t count) {
+            with_narrow<F>(format, [&](auto type) {
+                from_wide(wide, static_cast<typename decltype(type)::type*>(y), count);
+            });
+        },
+        [](Format format, const void* x, F* wide, const NormRow<F>& row) {
+            with_narrow<F>(format, [&](auto type) {
+                norm_row(static_cast<const typename decltype(type)::type*>(x), wide, row);
+            });
+        },
+        [](Format format, const void* x, F* gradient, F* room, void* dx, const NormRow<F>& row, F* dweight, F* dbias) {
+            with_narrow<F>(format, [&](auto type) {
+                using T = typename decltype(type)::type;
+                norm_row_back(static_cast<const T*>(x), gradient, room, static_cast<T*>(dx), row, dweight, dbias);
+            });
+        },
+    };
+}
+
+}  // namespace
 
 extern const Kernels NN_TABLE;
 const Kernels NN_TABLE = {
@@ -258,6 +305,8 @@ const Kernels NN_TABLE = {
                 for (int64_t j = first; j < last; ++j) out[4 * block + j] = words[0][j];
             });
     },
+    row_kernels<float>(),
+    row_kernels<double>(),
 };
 
 }  // namespace noisynn

@@ -18,6 +18,25 @@ struct Mix {
     double alpha;            // of the circular shift
 };
 
+// What LayerNorm needs of a row, and leaves of it for the way back. F: float, or double for float64.
+template <class F>
+struct NormRow {
+    int64_t width;
+    const F *weight, *bias;
+    F epsilon;
+    F *mean, *scale;  // scale: 1 / sqrt(variance + epsilon)
+};
+
+// A row in x's format and in the wide one: `to` reads, `from` writes, `norm` does LayerNorm into wide, `back` its
+// gradient. All wide pointers are of F.
+template <class F>
+struct RowKernels {
+    void (*to_wide)(Format, const void* x, F* wide, int64_t count);
+    void (*from_wide)(Format, const F* wide, void* y, int64_t count);
+    void (*norm)(Format, const void* x, F* wide, const NormRow<F>&);
+    void (*norm_back)(Format, const void* x, F* gradient, F* room, void* dx, const NormRow<F>&, F* dweight, F* dbias);
+};
+
 // Each works on elements [begin, end) of a sample (of each sample of a group), counted from where x and y point to.
 struct Kernels {
     const char* name;
@@ -26,6 +45,8 @@ struct Kernels {
                             double low, double high);
     void (*linear_mix)(Format, const void* x, void* y, int64_t begin, int64_t end, const Mix&);
     void (*random_words)(int64_t* words, int64_t begin, int64_t end, const Draw&);
+    RowKernels<float> rows;          // of all formats but float64
+    RowKernels<double> double_rows;  // of float64
 };
 
 extern const Kernels kernels_avx512, kernels_avx2, kernels_scalar;

@@ -1,6 +1,6 @@
 // The GPU's threads on the CPU, one after another: every (block, thread) of a launch runs the text that the GPU runs.
 // For tests alone (tests/unit/test_noise_threads.py), which call it by ctypes.
-#include "thread_bodies.h"
+#include "norm_bodies.h"
 
 namespace {
 
@@ -26,10 +26,15 @@ void walk(const Walk& w, const Body& body) {
 }
 
 template <class Body>
+void in_format(int32_t format, const void* x, void* y, const Body& body) {
+    if (format == 0) body(static_cast<const float*>(x), static_cast<float*>(y));
+    if (format == 1) body(static_cast<const BFloat16*>(x), static_cast<BFloat16*>(y));
+    if (format == 2) body(static_cast<const Half*>(x), static_cast<Half*>(y));
+}
+
+template <class Body>
 void with_format(const Walk& w, const Body& body) {
-    if (w.format == 0) body(static_cast<const float*>(w.x), static_cast<float*>(w.y));
-    if (w.format == 1) body(static_cast<const BFloat16*>(w.x), static_cast<BFloat16*>(w.y));
-    if (w.format == 2) body(static_cast<const Half*>(w.x), static_cast<Half*>(w.y));
+    in_format(w.format, w.x, w.y, body);
 }
 
 }  // namespace
@@ -70,6 +75,49 @@ void nn_walk_optimal_q(const Walk* w) {
     with_format(*w, [&](auto x, auto y) {
         walk(*w, [&](const Place& place) { optimal_q_thread(place, x, y, w->common, w->plan); });
     });
+}
+
+struct NormWalk {
+    int32_t format, way;  // way: 0 Gaussian (plain on the way back), 1 circular shift, 2 optimal Q
+    uint32_t warps;
+    const void *x, *gradient;
+    void* y;  // dx on the way back
+    float *means, *scales, *dweight, *dbias;
+    const float *weight, *bias;
+    Rows rows;
+    uint32_t group_size;
+    DrawSource source;
+};
+
+void nn_walk_norm(const NormWalk* w) {
+    constexpr int units = kWidest / (kWarp * kUnit);
+    const Groups groups = Groups::of(w->rows.samples, w->group_size);
+    const auto run = [&](auto* x, auto* y) {
+        using T = std::remove_pointer_t<decltype(y)>;
+        const NormForward<units, T> work = {x, y, w->means, w->scales, w->weight, w->bias, w->rows};
+        for (uint32_t warp = 0; warp < w->warps; ++warp) {
+            if (w->way == 0) norm_gaussian_warp<Scalar>(WarpPlace{warp, w->warps}, work, w->source);
+            if (w->way == 1) norm_shift_warp(WarpPlace{warp, w->warps}, work, groups);
+            if (w->way == 2) norm_optimal_q_warp(WarpPlace{warp, w->warps}, work, groups);
+        }
+    };
+    in_format(w->format, w->x, w->y, run);
+}
+
+void nn_walk_norm_backward(const NormWalk* w) {
+    constexpr int units = kWidest / (kWarp * kUnit);
+    const Groups groups = Groups::of(w->rows.samples, w->way == 0 ? 1 : w->group_size);
+    const auto run = [&](auto* x, auto* dx) {
+        using T = std::remove_pointer_t<decltype(dx)>;
+        const NormBackward<units, T> work = {static_cast<const T*>(w->gradient), x, dx, w->means, w->scales, w->weight,
+                                             w->dweight, w->dbias, w->rows, groups};
+        for (uint32_t warp = 0; warp < w->warps; ++warp) {
+            if (w->way == 0) norm_backward_warp<Way::plain>(WarpPlace{warp, w->warps}, work);
+            if (w->way == 1) norm_backward_warp<Way::shift>(WarpPlace{warp, w->warps}, work);
+            if (w->way == 2) norm_backward_warp<Way::optimal>(WarpPlace{warp, w->warps}, work);
+        }
+    };
+    in_format(w->format, w->x, w->y, run);
 }
 
 // Which elements of `size` a launch visits, for sizes that no memory holds: for the chosen threads alone, calls back

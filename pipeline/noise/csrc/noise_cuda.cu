@@ -1,38 +1,10 @@
 // The operators of pipeline/noise/ops.py on a GPU, through torch's stable C++ interface. What a thread does stands in
 // thread_bodies.h; here is how it is launched.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include "cuda_operators.cuh"
 #include "thread_bodies.h"
 
 namespace noisynn {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// One lane with the special function unit's logarithm, root, sine and cosine: 2^-22 absolute for lg2, 2^-20.9 for the
-// angle's functions. They make 16-bit noise bound by memory; exact ones would take three times the instructions.
-struct DeviceLane : Scalar {
-    static constexpr bool has_fast_math = true;
-
-    static __device__ __forceinline__ F fast_radius(F u) {
-        float log2, root;
-        asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(u));
-        // lg2 of what is just below 1 may come out as above 0.
-        asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(fmaxf(-1.3862944f * log2, 0.0f)));
-        return root;
-    }
-    static __device__ __forceinline__ void fast_cosine_and_sine(U word, F& cosine, F& sine) {
-        const float angle = float(int32_t(word)) * 1.4629180792671596e-9f;  // 2 pi / 2^32, from -pi to pi
-        asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(angle));
-        asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(angle));
-    }
-};
 
 constexpr int kBlocksOnOne = 4;  // blocks at once on one multiprocessor: 64 registers a thread, so that none is spilled
 
@@ -65,13 +37,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnOne)
     optimal_q_thread(here(), x, y, common, plan);
 }
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-template <class T>
-struct Type {
-    using type = T;
-};
-
 // launch(T{}, x, y, common, stream) on x's device, in its format; the result has x's own layout.
 template <class Launch>
 Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, const Launch& launch) {
@@ -87,23 +52,15 @@ Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, co
     const int64_t tokens = x.dim() >= 2 ? x.size(1) : 1;
     const int64_t spared = tokens ? size / tokens * (first_token < tokens ? first_token : tokens) : 0;
     if (x.numel() > 0) {
-        void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
         const bool aligned = is_aligned(ordered.const_data_ptr()) && is_aligned(y.mutable_data_ptr()) &&
                              size * x.element_size() % 16 == 0;
         const Common common = {x.size(0), size, spared, aligned,
                                static_cast<const double*>(strength.const_data_ptr())};
-        const auto run = [&](auto type) {
+        with_format(x, [&](auto type) {
             using T = typename decltype(type)::type;
             launch(static_cast<const T*>(ordered.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()), common,
-                   static_cast<cudaStream_t>(stream));
-        };
-        switch (x.scalar_type()) {
-            case ScalarType::Float: run(Type<float>{}); break;
-            case ScalarType::BFloat16: run(Type<BFloat16>{}); break;
-            case ScalarType::Half: run(Type<Half>{}); break;
-            default: STD_TORCH_CHECK(false, "on a GPU noise takes float32, bfloat16 and float16");
-        }
+                   queue_of(x));
+        });
         STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
     if (x.is_contiguous()) return y;
@@ -114,15 +71,6 @@ Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, co
 dim3 blocks(int64_t rows, int64_t size) {
     const Grid grid = grid_of(rows, size);
     return dim3(grid.x, grid.y);
-}
-
-DrawSource source_of(const Tensor& sample_ids, const Tensor& epoch, int64_t seed, int64_t stream, int64_t samples) {
-    STD_TORCH_CHECK(sample_ids.scalar_type() == ScalarType::Long && sample_ids.numel() == samples &&
-                        sample_ids.is_contiguous(),
-                    "sample_ids: int64, one for each sample");
-    STD_TORCH_CHECK(epoch.scalar_type() == ScalarType::Long && epoch.numel() == 1, "epoch: int64, one number");
-    return {static_cast<const int64_t*>(sample_ids.const_data_ptr()), static_cast<const int64_t*>(epoch.const_data_ptr()),
-            uint32_t(seed), uint32_t(stream)};
 }
 
 Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch, int64_t seed, int64_t stream,
