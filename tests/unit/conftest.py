@@ -1,5 +1,6 @@
-"""Splits that more than one test module reads; written once a session, in 0.2 s each."""
+"""Splits that more than one test module reads, written once a session in 0.2 s each; and the GPU's threads."""
 
+import ctypes
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from small_shards import SIDE, make
 from source_pictures import CLASSES, PER_CLASS, picture, shard_source
+
+import pipeline.noise
 
 # As pipeline/data/beton.py: else the process hangs at its end on one core, since tests fork after ffcv's import.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
@@ -60,3 +63,11 @@ def sizes_split(tmp_path_factory) -> Path:
 def split_copy(jpg_split, tmp_path) -> Path:
     """A copy to damage; the manifest's path."""
     return Path(shutil.copytree(jpg_split.parent, tmp_path / "copy")) / jpg_split.name
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    """The GPU's threads on the CPU: pipeline/noise/csrc/host_walk.cpp."""
+    path = Path(pipeline.noise.__file__).parent / "csrc" / "libnoisynn_walk.so"
+    assert path.is_file(), f"`make setup` has built no {path.name}"
+    return ctypes.CDLL(str(path))

@@ -9,7 +9,7 @@ import torch
 from pipeline.noise import reference
 from pipeline.noise.config import NoiseConfig
 from tests.unit.test_noise_norm import EPSILON, affine, batch, check_close, ids_of, outcome
-from tests.unit.test_noise_threads import FORMATS, LIBRARY, DrawSource
+from tests.unit.test_noise_threads import FORMATS, DrawSource
 
 EPOCH = torch.tensor(3)
 WAYS = ("gaussian", "circular_shift", "optimal_q")
@@ -40,12 +40,6 @@ class NormWalk(ctypes.Structure):
         ("group_size", ctypes.c_uint32),
         ("source", DrawSource),
     )
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    assert LIBRARY.is_file(), "`make setup` has built no libnoisynn_walk.so"
-    return ctypes.CDLL(str(LIBRARY))
 
 
 def marked(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,19 +2,17 @@
 
 import ctypes
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
-import pipeline.noise
 from pipeline.noise import reference
 from pipeline.noise.reference import Purpose, stream_of
 
-LIBRARY = Path(pipeline.noise.__file__).parent / "csrc" / "libnoisynn_walk.so"
 EPOCH = torch.tensor(3)
 STREAM = stream_of("blocks.1", Purpose.NOISE)
 SEED, THREADS = 7, 256
+LINEAR = ("circular_shift", "optimal_q", "optimal_q_held")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # (samples, tokens, channels): whole units, tails, unaligned samples, more units than one block has threads.
 SHAPES = [(4, 3, 8), (3, 1, 1), (5, 7, 3), (2, 1, 127), (3, 5, 64), (1, 1, 2049), (2, 9, 1000), (6, 2, 4)]
@@ -25,6 +23,10 @@ class Common(ctypes.Structure):
         ("samples", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("spared", ctypes.c_int64),
+        ("x_sample", ctypes.c_int64),
+        ("y_sample", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("pitch", ctypes.c_int64),
         ("aligned", ctypes.c_bool),
         ("strength", ctypes.c_void_p),
     )
@@ -72,20 +74,29 @@ class Walk(ctypes.Structure):
     )
 
 
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    assert LIBRARY.is_file(), "`make setup` has built no libnoisynn_walk.so"
-    return ctypes.CDLL(str(LIBRARY))
-
-
 def batch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def grid_of(library: ctypes.CDLL, rows: int, size: int) -> tuple[int, int]:
+def grid_of(library: ctypes.CDLL, rows: int, tasks: int) -> tuple[int, int]:
     x, y = ctypes.c_uint32(), ctypes.c_uint32()
-    library.nn_grid(ctypes.c_int64(rows), ctypes.c_int64(size), ctypes.byref(x), ctypes.byref(y))
+    library.nn_grid(ctypes.c_int64(rows), ctypes.c_int64(tasks), ctypes.byref(x), ctypes.byref(y))
     return x.value, y.value
+
+
+def units_of(size: int) -> int:
+    return -(-size // 8)
+
+
+def common_of(x: torch.Tensor, y: torch.Tensor, spared: int, strength: torch.Tensor) -> Common:
+    """For x (samples, ...), contiguous but for gaps between its rows (axis 1) and samples; y is contiguous."""
+    size = x[0].numel()
+    gaps = not x.is_contiguous()
+    row, pitch = (x.shape[2], x.stride(1)) if gaps else (size, size)
+    steps = (x.stride(0), size, pitch)
+    aligned = all(step * x.element_size() % 16 == 0 for step in steps)
+    aligned = aligned and x.data_ptr() % 16 == 0 and y.data_ptr() % 16 == 0
+    return Common(len(x), size, spared, x.stride(0), size, row, pitch, aligned, strength.data_ptr())
 
 
 def walked(
@@ -105,11 +116,10 @@ def walked(
     y = memory[: x.numel()]
     ids = torch.arange(samples) * 977 + (1 << 31)
     number = torch.tensor(strength, dtype=torch.float64)
-    low, high = extremes or (number, number)
-    parts = low.shape[1] if extremes else 1
-    rows = -(-samples // group_size) if name in ("circular_shift", "optimal_q") else samples
-    grid = (1, 1) if small_grid else grid_of(library, rows, size)
-    aligned = size * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 and y.data_ptr() % 16 == 0
+    low, high = extremes or (torch.zeros(samples, 1, dtype=torch.float64),) * 2
+    parts = low.shape[1]
+    rows = -(-samples // group_size) if name in LINEAR else samples
+    grid = (1, 1) if small_grid else grid_of(library, rows, units_of(size))
     spared = first_token * (size // x.shape[1])
     plan = MixPlan()
     library.nn_mix_plan(
@@ -120,7 +130,7 @@ def walked(
         *grid,
         x.data_ptr(),
         y.data_ptr(),
-        Common(samples, size, spared, aligned, number.data_ptr()),
+        common_of(x, y, spared, number),
         DrawSource(ids.data_ptr(), EPOCH.data_ptr(), SEED, STREAM),
         Extremes(low.data_ptr(), high.data_ptr(), parts, size // parts),
         plan,
@@ -179,6 +189,8 @@ def test_linear_noises(library, shape, dtype, first_token, small_grid, group_siz
     options = {"first_token": first_token, "small_grid": small_grid, "group_size": group_size}
     found = walked(library, "optimal_q", x, 1.0, **options)
     check(found, reference.optimal_q(x, group_size, first_token), x, 0)
+    assert min(group_size, len(x)) <= library.nn_held(ctypes.c_int32(FORMATS[dtype]))
+    assert torch.equal(walked(library, "optimal_q_held", x, 1.0, **options), found)
     shifted = reference.circular_shift(x, 0.3, group_size, first_token)
     check(walked(library, "circular_shift", x, 0.3, **options), shifted, x, 0)
     back = torch.cat([group.flip(0) for group in x.split(group_size)])
@@ -189,7 +201,28 @@ def test_linear_noises(library, shape, dtype, first_token, small_grid, group_siz
         assert torch.equal(found, x)
 
 
-@pytest.mark.parametrize("name", ["gaussian_noise", "salt_and_pepper", "circular_shift", "optimal_q"])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_as_many_samples_as_a_thread_can_hold(library, dtype):
+    held = library.nn_held(ctypes.c_int32(FORMATS[dtype]))
+    x = batch((2 * held + 3, 2, 21), dtype)
+    found = walked(library, "optimal_q_held", x, 1.0, group_size=held)
+    assert torch.equal(found, walked(library, "optimal_q", x, 1.0, group_size=held))
+    check(found, reference.optimal_q(x, held), x, 0)
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "salt_and_pepper", *LINEAR])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("first_token", [0, 1])
+def test_rows_with_gaps_between_them(library, name, dtype, first_token):
+    """As a slice of the tokens or channels of a wider tensor: read where it lies."""
+    wide = batch((6, 9, 48), dtype)
+    for x in (wide[:, 2:7], wide[:, :, 8:32], wide[::2, 1:, :16]):
+        options = {"first_token": first_token, "group_size": 2 if name in LINEAR else 1}
+        found = walked(library, name, x, 0.3, **options)
+        assert torch.equal(found, walked(library, name, x.contiguous(), 0.3, **options))
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "salt_and_pepper", *LINEAR])
 def test_without_strength_all_is_copied_to_the_bit(library, name):
     x = batch((5, 3, 21), torch.bfloat16)
     x[0, 0, 0] = -0.0
@@ -210,7 +243,7 @@ def visits(library, rows, size, grid, block, thread) -> list[tuple[int, int, int
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 8), (2, 2049), (7, 4095), (70001, 5), (1, 70000)])
 def test_every_element_is_visited_once(library, rows, size):
-    grid = grid_of(library, rows, size)
+    grid = grid_of(library, rows, units_of(size))
     assert grid[1] <= 65535
     seen = torch.zeros(rows, -(-size // 8), dtype=torch.int32)
     if (
@@ -233,8 +266,8 @@ def test_every_element_is_visited_once(library, rows, size):
 @pytest.mark.parametrize("size", [(1 << 32) + 13, (1 << 34) - 3, 1 << 33])
 def test_places_beyond_2_to_the_32_are_reached(library, size):
     """By the arithmetic of the last threads: no place is cut to 32 bits, and the last element is somebody's."""
-    x, y = grid_of(library, 2, size)
-    units = -(-size // 8)
+    units = units_of(size)
+    x, y = grid_of(library, 2, units)
     last = (units - 1) % (x * THREADS)
     found = visits(library, 2, size, (x, y), (last // THREADS, 1), last % THREADS)
     assert found[-1] == (1, (units - 1) * 8, size - (units - 1) * 8)

@@ -154,7 +154,7 @@ void optimal_q(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
     alignas(64) float sums[kMixChunk];
     const float scale = 1.0f / float(mix.samples + 1);
     for (int64_t i = 0; i < mix.samples; ++i) {
-        const T* row = x + i * mix.sample_stride + begin;
+        const T* row = x + i * mix.x_stride + begin;
         for_elements(0, end - begin, [&](auto lanes, int64_t at) {
             using L = decltype(lanes);
             const auto value = L::load(row + at);
@@ -162,11 +162,12 @@ void optimal_q(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
         });
     }
     for (int64_t i = 0; i < mix.samples; ++i) {
-        const int64_t offset = i * mix.sample_stride + begin;
+        const T* row = x + i * mix.x_stride + begin;
+        T* out = y + i * mix.y_stride + begin;
         for_elements(0, end - begin, [&](auto lanes, int64_t at) {
             using L = decltype(lanes);
-            const auto sum = L::add(L::load(x + offset + at), L::load(sums + at));
-            L::store(y + offset + at, L::multiply(sum, L::set(scale)));
+            const auto sum = L::add(L::load(row + at), L::load(sums + at));
+            L::store(out + at, L::multiply(sum, L::set(scale)));
         });
     }
 }
@@ -176,8 +177,8 @@ template <class T>
 void circular_shift(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
     for (int64_t i = 0; i < mix.samples; ++i) {
         const int64_t other = (i + (mix.transposed ? mix.samples - 1 : 1)) % mix.samples;
-        const T *row = x + i * mix.sample_stride, *other_row = x + other * mix.sample_stride;
-        T* out = y + i * mix.sample_stride;
+        const T *row = x + i * mix.x_stride, *other_row = x + other * mix.x_stride;
+        T* out = y + i * mix.y_stride;
         for_elements(begin, end, [&](auto lanes, int64_t at) {
             using L = decltype(lanes);
             const auto own = L::load(row + at);
@@ -190,11 +191,9 @@ void circular_shift(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix
 void optimal_q(const double* x, double* y, int64_t begin, int64_t end, const Mix& mix) {
     for (int64_t at = begin; at < end; ++at) {
         double sum = 0;
-        for (int64_t i = 0; i < mix.samples; ++i) sum += x[i * mix.sample_stride + at];
-        for (int64_t i = 0; i < mix.samples; ++i) {
-            const int64_t place = i * mix.sample_stride + at;
-            y[place] = (x[place] + sum) / double(mix.samples + 1);
-        }
+        for (int64_t i = 0; i < mix.samples; ++i) sum += x[i * mix.x_stride + at];
+        for (int64_t i = 0; i < mix.samples; ++i)
+            y[i * mix.y_stride + at] = (x[i * mix.x_stride + at] + sum) / double(mix.samples + 1);
     }
 }
 
@@ -202,8 +201,8 @@ void circular_shift(const double* x, double* y, int64_t begin, int64_t end, cons
     for (int64_t i = 0; i < mix.samples; ++i) {
         const int64_t other = (i + (mix.transposed ? mix.samples - 1 : 1)) % mix.samples;
         for (int64_t at = begin; at < end; ++at) {
-            const double own = x[i * mix.sample_stride + at];
-            y[i * mix.sample_stride + at] = own + mix.alpha * (x[other * mix.sample_stride + at] - own);
+            const double own = x[i * mix.x_stride + at];
+            y[i * mix.y_stride + at] = own + mix.alpha * (x[other * mix.x_stride + at] - own);
         }
     }
 }

@@ -11,11 +11,11 @@ enum class Format { float32, bfloat16, float16, float64 };
 
 // A linear noise within one group of samples.
 struct Mix {
-    int64_t samples;         // k, at least 2
-    int64_t sample_stride;   // elements from one sample to the next
-    bool optimal;            // optimal Q; else circular shift
-    bool transposed;         // for the backward pass
-    double alpha;            // of the circular shift
+    int64_t samples;             // k, at least 2
+    int64_t x_stride, y_stride;  // elements from one sample to the next
+    bool optimal;                // optimal Q; else circular shift
+    bool transposed;             // for the backward pass
+    double alpha;                // of the circular shift
 };
 
 // What LayerNorm needs of a row, and leaves of it for the way back. F: float, or double for float64.

@@ -29,6 +29,12 @@ inline double number(const Tensor& scalar) {
     return *static_cast<const double*>(scalar.const_data_ptr());
 }
 
+// Where element 0 would be, if element `begin` is at p: kernels count from there. Only what there is, is touched.
+template <class T>
+inline T* origin(T* p, int64_t begin, int64_t bytes) {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) - uintptr_t(begin) * uintptr_t(bytes));
+}
+
 class Draws {
 public:
     Draws(const Tensor& sample_ids, const Tensor& epoch, int64_t seed, int64_t stream, int64_t samples)

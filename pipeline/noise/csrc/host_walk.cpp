@@ -1,6 +1,8 @@
 // The GPU's threads on the CPU, one after another: every (block, thread) of a launch runs the text that the GPU runs.
 // For tests alone (tests/unit/test_noise_threads.py), which call it by ctypes.
+#include "image_bodies.h"
 #include "norm_bodies.h"
+#include "turned_bodies.h"
 
 namespace {
 
@@ -17,8 +19,30 @@ struct Walk {
     MixPlan plan;
 };
 
-template <class Body>
-void walk(const Walk& w, const Body& body) {
+// The same for memory that holds a sample column by column.
+struct TurnedWalk {
+    int32_t format;
+    uint32_t grid_x, grid_y;
+    const void* x;
+    void* y;
+    Turned turned;
+    DrawSource source;
+    Extremes extremes;
+};
+
+struct ImageWalk {
+    int32_t format;
+    uint32_t grid_x, grid_y;
+    int32_t kind;
+    void* y;
+    Pictures pictures;
+    DrawSource source;
+    MixPlan plan;
+};
+
+// Any of the above: they begin alike.
+template <class W, class Body>
+void walk(const W& w, const Body& body) {
     for (uint32_t block_y = 0; block_y < w.grid_y; ++block_y)
         for (uint32_t block_x = 0; block_x < w.grid_x; ++block_x)
             for (uint32_t thread = 0; thread < kThreads; ++thread)
@@ -41,8 +65,8 @@ void with_format(const Walk& w, const Body& body) {
 
 extern "C" {
 
-void nn_grid(int64_t rows, int64_t size, uint32_t* x, uint32_t* y) {
-    const Grid grid = grid_of(rows, size);
+void nn_grid(int64_t rows, int64_t tasks, uint32_t* x, uint32_t* y) {
+    const Grid grid = grid_of(rows, tasks);
     *x = grid.x;
     *y = grid.y;
 }
@@ -74,6 +98,48 @@ void nn_walk_circular_shift(const Walk* w) {
 void nn_walk_optimal_q(const Walk* w) {
     with_format(*w, [&](auto x, auto y) {
         walk(*w, [&](const Place& place) { optimal_q_thread(place, x, y, w->common, w->plan); });
+    });
+}
+
+void nn_walk_optimal_q_held(const Walk* w) {
+    with_format(*w, [&](auto x, auto y) {
+        walk(*w, [&](const Place& place) { optimal_q_held_thread(place, x, y, w->common, w->plan); });
+    });
+}
+
+int32_t nn_held(int32_t format) { return format == 0 ? kHeld<float> : kHeld<Half>; }
+
+int64_t nn_turned_tasks(const Turned* turned) { return turned->tasks(); }
+
+void nn_walk_gaussian_turned(const TurnedWalk* w) {
+    in_format(w->format, w->x, w->y, [&](auto x, auto y) {
+        walk(*w, [&](const Place& place) { gaussian_turned_thread<Scalar>(place, x, y, w->turned, w->source); });
+    });
+}
+
+void nn_walk_salt_and_pepper_turned(const TurnedWalk* w) {
+    in_format(w->format, w->x, w->y, [&](auto x, auto y) {
+        walk(*w, [&](const Place& place) {
+            salt_and_pepper_turned_thread<Scalar>(place, x, y, w->turned, w->source, w->extremes);
+        });
+    });
+}
+
+int64_t nn_image_tasks(const Pictures* pictures) { return pictures->tasks(); }
+
+void nn_walk_image(const ImageWalk* w) {
+    in_format(w->format, w->y, w->y, [&](auto, auto y) {
+        walk(*w, [&](const Place& place) {
+            switch (ImageKind(w->kind)) {
+                case ImageKind::none: return image_thread<ImageKind::none, Scalar>(place, w->pictures, y, w->source);
+                case ImageKind::gaussian:
+                    return image_thread<ImageKind::gaussian, Scalar>(place, w->pictures, y, w->source);
+                case ImageKind::salt_and_pepper:
+                    return image_thread<ImageKind::salt_and_pepper, Scalar>(place, w->pictures, y, w->source);
+                case ImageKind::circular_shift: return image_shift_thread(place, w->pictures, y, w->plan);
+                case ImageKind::optimal_q: return image_optimal_q_thread(place, w->pictures, y, w->plan);
+            }
+        });
     });
 }
 

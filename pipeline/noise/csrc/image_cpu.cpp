@@ -1,8 +1,6 @@
 // image_noise on the CPU: uint8 pictures -> flip -> normalise -> noise -> the float format, a strip of rows at a time, so that
 // memory is read once and written once and all between stays in the cache.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <vector>
@@ -56,11 +54,6 @@ void write(const float* planes, T* sample, int64_t plane_size, int64_t begin, in
     }
 }
 
-// Where element 0 of a row would lie whose element `begin` is at p: kernels count from there.
-float* origin(float* p, int64_t begin) {
-    return reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(p) - uintptr_t(begin) * sizeof(float));
-}
-
 struct Noise {
     Kind kind;
     double strength;
@@ -72,7 +65,7 @@ void add_noise(const Noise& noise, const Pictures& pictures, const Draw& draw, f
     const int64_t plane_size = pictures.height * pictures.width;
     for (int64_t channel = 0; channel < kChannels; ++channel) {
         const int64_t first = channel * plane_size + begin;
-        float* row = origin(planes + channel * count, first);
+        float* row = origin(planes + channel * count, first, sizeof(float));
         if (noise.kind == Kind::gaussian)
             kernels().gaussian_noise(Format::float32, row, row, first, first + count, draw, noise.strength);
         else
@@ -96,7 +89,7 @@ void strip(const Noise& noise, const Pictures& pictures, const Draws& draws, T* 
             add_noise(noise, pictures, draws.of(first + i), planes + i * floats, top * width, count);
     }
     if (noise.is_linear() && k > 1 && noise.strength != 0) {
-        const Mix mix = {k, floats, noise.kind == Kind::optimal_q, false, noise.strength};
+        const Mix mix = {k, floats, floats, noise.kind == Kind::optimal_q, false, noise.strength};
         kernels().linear_mix(Format::float32, planes, mixed, 0, floats, mix);
         planes = mixed;
     }

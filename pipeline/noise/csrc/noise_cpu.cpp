@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu_mapped.h"
 #include "cpu_operators.h"
 
 namespace noisynn {
@@ -44,67 +45,16 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr int64_t kChunk = 1 << 14;  // elements of one task: some 10 us of work, and a whole number of vectors
-
-// x as (samples, elements of a sample), of which the first `spared` stay as they are.
-struct Layout {
-    Format format;
-    int64_t samples, size, spared, bytes;
-
-    Layout(const Tensor& x, int64_t first_token) : format(format_of(x)), bytes(x.element_size()) {
-        STD_TORCH_CHECK(x.dim() >= 1, "noise takes (samples, ...)");
-        samples = x.size(0);
-        size = 1;
-        for (int64_t axis = 1; axis < x.dim(); ++axis) size *= x.size(axis);
-        STD_TORCH_CHECK(first_token == 0 || x.dim() >= 2, "first_token needs an axis of tokens");
-        STD_TORCH_CHECK(size >> 34 == 0, "a sample has 2^34 elements at most: blocks of four are counted in 32 bits");
-        const int64_t tokens = x.dim() >= 2 ? x.size(1) : 1;
-        spared = tokens ? size / tokens * std::min(first_token, tokens) : 0;
-    }
-    const char* at(const void* x, int64_t sample) const { return static_cast<const char*>(x) + sample * size * bytes; }
-    char* at(void* y, int64_t sample) const { return static_cast<char*>(y) + sample * size * bytes; }
-    void copy(const char* x, char* y, int64_t begin, int64_t end) const {
-        if (end > begin) std::memcpy(y + begin * bytes, x + begin * bytes, (end - begin) * bytes);
-    }
-};
-
-// Whether memory goes through the elements in the logical order, in which noise is drawn.
-bool is_ordered(const Tensor& x) { return x.is_contiguous(); }
-
-// work(sample, begin, end) for all of every sample, in parallel; then the result in x's own layout.
-template <class Work>
-Tensor mapped(const Tensor& x, int64_t first_token, const Work& work) {
-    const Tensor ordered = is_ordered(x) ? x : torch::stable::contiguous(x);
-    Tensor y = torch::stable::empty_like(ordered);
-    const Layout layout(ordered, first_token);
-    const int64_t chunks = (layout.size + kChunk - 1) / kChunk;
-    work(layout, ordered.const_data_ptr(), y.mutable_data_ptr(), chunks);
-    if (is_ordered(x)) return y;
-    Tensor like = torch::stable::empty_like(x);
-    return torch::stable::copy_(like, y);
-}
-
-template <class Each>
-void for_chunks(const Layout& layout, int64_t rows, int64_t chunks, const Each& each) {
-    torch::stable::parallel_for(0, rows * chunks, 1, [&](int64_t from, int64_t to) {
-        for (int64_t task = from; task < to; ++task) {
-            const int64_t begin = task % chunks * kChunk;
-            each(task / chunks, begin, std::min(layout.size, begin + kChunk));
-        }
-    });
-}
-
 Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch, int64_t seed, int64_t stream,
                       int64_t first_token) {
     const double std = number(strength);
     const Draws draws(sample_ids, epoch, seed, stream, x.size(0));
-    return mapped(x, first_token, [&](const Layout& layout, const void* from, void* to, int64_t chunks) {
-        for_chunks(layout, layout.samples, chunks, [&](int64_t sample, int64_t begin, int64_t end) {
-            const int64_t start = std == 0 ? end : std::clamp(layout.spared, begin, end);
-            layout.copy(layout.at(from, sample), layout.at(to, sample), begin, start);
-            kernels().gaussian_noise(layout.format, layout.at(from, sample), layout.at(to, sample), start, end,
-                                     draws.of(sample), std);
-        });
+    const Format format = format_of(x);
+    const int64_t bytes = x.element_size(), spared = spared_of(x, first_token);
+    return mapped(x, first_token, 1, false, [&](const Task& task) {
+        const int64_t start = std == 0 ? task.end : std::clamp(spared, task.begin, task.end);
+        task.copy_until(start, bytes);
+        kernels().gaussian_noise(format, task.x, task.y, start, task.end, draws.of(task.first), std);
     });
 }
 
@@ -119,19 +69,19 @@ Tensor salt_and_pepper(Tensor x, Tensor low, Tensor high, Tensor strength, Tenso
     const int64_t parts = low.size(1);
     const double *lows = static_cast<const double*>(low.const_data_ptr()),
                  *highs = static_cast<const double*>(high.const_data_ptr());
-    return mapped(x, first_token, [&](const Layout& layout, const void* from, void* to, int64_t chunks) {
-        for_chunks(layout, layout.samples, chunks, [&](int64_t sample, int64_t begin, int64_t end) {
-            const int64_t start = thresholds.either == 0 ? end : std::clamp(layout.spared, begin, end);
-            layout.copy(layout.at(from, sample), layout.at(to, sample), begin, start);
-            const int64_t part_size = layout.size / parts;
-            for (int64_t at = start; at < end;) {
-                const int64_t part = at / part_size, stop = std::min(end, (part + 1) * part_size);
-                kernels().salt_and_pepper(layout.format, layout.at(from, sample), layout.at(to, sample), at, stop,
-                                          draws.of(sample), thresholds, lows[sample * parts + part],
-                                          highs[sample * parts + part]);
-                at = stop;
-            }
-        });
+    const Format format = format_of(x);
+    const int64_t bytes = x.element_size(), spared = spared_of(x, first_token);
+    const int64_t part_size = x.size(0) ? x.numel() / x.size(0) / parts : 0;
+    return mapped(x, first_token, 1, false, [&](const Task& task) {
+        const int64_t start = thresholds.either == 0 ? task.end : std::clamp(spared, task.begin, task.end);
+        task.copy_until(start, bytes);
+        for (int64_t at = start; at < task.end;) {
+            const int64_t part = at / part_size, stop = std::min(task.end, (part + 1) * part_size);
+            const int64_t entry = task.first * parts + part;
+            kernels().salt_and_pepper(format, task.x, task.y, at, stop, draws.of(task.first), thresholds, lows[entry],
+                                      highs[entry]);
+            at = stop;
+        }
     });
 }
 
@@ -139,15 +89,14 @@ Tensor linear_mix(Tensor x, Tensor strength, bool optimal, int64_t group_size, i
                   bool) {
     const double alpha = number(strength);
     STD_TORCH_CHECK(group_size >= 1, "group_size: at least 1");
-    return mapped(x, first_token, [&](const Layout& layout, const void* from, void* to, int64_t chunks) {
-        const int64_t groups = (layout.samples + group_size - 1) / group_size;
-        for_chunks(layout, groups, chunks, [&](int64_t group, int64_t begin, int64_t end) {
-            const int64_t first = group * group_size, k = std::min(group_size, layout.samples - first);
-            const int64_t start = k == 1 || alpha == 0 ? end : std::clamp(layout.spared, begin, end);
-            for (int64_t i = first; i < first + k; ++i) layout.copy(layout.at(from, i), layout.at(to, i), begin, start);
-            const Mix mix = {k, layout.size, optimal, transposed, alpha};
-            kernels().linear_mix(layout.format, layout.at(from, first), layout.at(to, first), start, end, mix);
-        });
+    const Format format = format_of(x);
+    const int64_t bytes = x.element_size(), spared = spared_of(x, first_token);
+    return mapped(x, first_token, group_size, true, [&](const Task& task) {
+        const bool mixes = task.samples > 1 && alpha != 0;
+        const int64_t start = mixes ? std::clamp(spared, task.begin, task.end) : task.end;
+        task.copy_until(start, bytes);
+        const Mix mix = {task.samples, task.x_stride, task.y_stride, optimal, transposed, alpha};
+        if (mixes) kernels().linear_mix(format, task.x, task.y, start, task.end, mix);
     });
 }
 

@@ -1,12 +1,17 @@
 // The operators of pipeline/noise/ops.py on a GPU, through torch's stable C++ interface. What a thread does stands in
 // thread_bodies.h; here is how it is launched.
+#include <initializer_list>
+
 #include "cuda_operators.cuh"
-#include "thread_bodies.h"
+#include "layout.h"
+#include "turned_bodies.h"
 
 namespace noisynn {
 namespace {
 
-constexpr int kBlocksOnOne = 4;  // blocks at once on one multiprocessor: 64 registers a thread, so that none is spilled
+// Blocks at once on one multiprocessor: 64 registers a thread, 80 and 128 where it holds several rows, so that none is
+// spilled.
+constexpr int kBlocksOnOne = 4, kBlocksOfRing = 3, kBlocksOfHeld = 2;
 
 __device__ __forceinline__ Place here() {
     return {blockIdx.x, blockIdx.y, threadIdx.x, gridDim.x, gridDim.y, blockDim.x};
@@ -26,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnOne)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+__global__ void __launch_bounds__(kThreads, kBlocksOfRing)
     circular_shift_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, MixPlan plan) {
     circular_shift_thread(here(), x, y, common, plan);
 }
@@ -37,39 +42,93 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnOne)
     optimal_q_thread(here(), x, y, common, plan);
 }
 
-// launch(T{}, x, y, common, stream) on x's device, in its format; the result has x's own layout.
-template <class Launch>
-Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, const Launch& launch) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    STD_TORCH_CHECK(x.dim() >= 1, "noise takes (samples, ...)");
-    STD_TORCH_CHECK(strength.numel() == 1 && strength.scalar_type() == ScalarType::Double,
-                    "strength: float64, one number");
-    const Tensor ordered = x.is_contiguous() ? x : torch::stable::contiguous(x);
-    Tensor y = torch::stable::empty_like(ordered);
-    int64_t size = 1;
-    for (int64_t axis = 1; axis < x.dim(); ++axis) size *= x.size(axis);
-    STD_TORCH_CHECK(size >> 34 == 0, "a sample has 2^34 elements at most: blocks of four are counted in 32 bits");
-    const int64_t tokens = x.dim() >= 2 ? x.size(1) : 1;
-    const int64_t spared = tokens ? size / tokens * (first_token < tokens ? first_token : tokens) : 0;
-    if (x.numel() > 0) {
-        const bool aligned = is_aligned(ordered.const_data_ptr()) && is_aligned(y.mutable_data_ptr()) &&
-                             size * x.element_size() % 16 == 0;
-        const Common common = {x.size(0), size, spared, aligned,
-                               static_cast<const double*>(strength.const_data_ptr())};
-        with_format(x, [&](auto type) {
-            using T = typename decltype(type)::type;
-            launch(static_cast<const T*>(ordered.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()), common,
-                   queue_of(x));
-        });
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-    if (x.is_contiguous()) return y;
-    Tensor like = torch::stable::empty_like(x);
-    return torch::stable::copy_(like, y);
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOfHeld)
+    optimal_q_held_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, MixPlan plan) {
+    optimal_q_held_thread(here(), x, y, common, plan);
 }
 
-dim3 blocks(int64_t rows, int64_t size) {
-    const Grid grid = grid_of(rows, size);
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOfHeld)
+    gaussian_turned_kernel(const T* __restrict__ x, T* __restrict__ y, Turned turned, DrawSource source) {
+    gaussian_turned_thread<DeviceLane>(here(), x, y, turned, source);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOfHeld)
+    salt_and_pepper_turned_kernel(const T* __restrict__ x, T* __restrict__ y, Turned turned, DrawSource source,
+                                  Extremes extremes) {
+    salt_and_pepper_turned_thread<DeviceLane>(here(), x, y, turned, source, extremes);
+}
+
+// x and its result on the device, and how they lie there: strides as they are where a kernel takes them, else those of a
+// copy in the logical order.
+struct Prepared {
+    Tensor x, y;
+    Layout layout;
+    const double* strength;
+
+    bool is_turned() const { return layout.rows > 1 && layout.is_turned(); }
+    bool multiples_of(int64_t units, std::initializer_list<int64_t> strides) const {
+        bool fit = is_aligned(x.const_data_ptr()) && is_aligned(y.const_data_ptr());
+        for (const int64_t stride : strides) fit = fit && stride * x.element_size() % units == 0;
+        return fit;
+    }
+    Common common() const {
+        const bool fits = multiples_of(16, {layout.from.sample, layout.from.row, layout.to.sample});
+        return {layout.samples, layout.size, layout.spared, layout.from.sample, layout.to.sample,
+                layout.columns, layout.from.row, fits, strength};
+    }
+    Turned turned() const {
+        const bool fits =
+            multiples_of(16, {layout.from.sample, layout.from.column, layout.to.sample, layout.to.column});
+        return {layout.samples, uint32_t(layout.rows), uint32_t(layout.columns),
+                uint32_t(layout.spared / layout.columns), layout.from.sample, layout.from.column,
+                layout.to.sample, layout.to.column, fits, strength};
+    }
+};
+
+// Whether the kernels take x as it lies. by_place: what they do to an element does not depend on where in the sample it is.
+bool is_taken(const Layout& layout, bool by_place) {
+    if (!layout.fits) return false;
+    if (layout.is_flat()) return true;
+    if (layout.is_pitched()) return layout.columns % kUnit == 0;
+    if (by_place) return layout.is_same_order() && layout.spared == 0;
+    return layout.is_turned() && layout.size >> 32 == 0;
+}
+
+// launch(Type<T>{}, prepared, queue) on x's device, in its format; the result has x's own layout.
+template <class Launch>
+Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, bool by_place, const Launch& launch) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    STD_TORCH_CHECK(strength.numel() == 1 && strength.scalar_type() == ScalarType::Double,
+                    "strength: float64, one number");
+    Tensor y = torch::stable::empty_like(x);
+    Layout layout(x, y, first_token);
+    if (x.numel() == 0) return y;
+    if (!is_taken(layout, by_place)) {
+        const Tensor ordered = launched(torch::stable::contiguous(x), strength, first_token, by_place, launch);
+        return torch::stable::copy_(y, ordered);
+    }
+    if (by_place && !layout.is_pitched()) layout = layout.as_flat();
+    const Prepared prepared = {x, y, layout, static_cast<const double*>(strength.const_data_ptr())};
+    with_format(x, [&](auto type) { launch(type, prepared, queue_of(x)); });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return y;
+}
+
+template <class T>
+const T* source_in(const Prepared& prepared) {
+    return static_cast<const T*>(prepared.x.const_data_ptr());
+}
+
+template <class T>
+T* target_in(const Prepared& prepared) {
+    return static_cast<T*>(prepared.y.mutable_data_ptr());
+}
+
+dim3 blocks(int64_t rows, int64_t tasks) {
+    const Grid grid = grid_of(rows, tasks);
     return dim3(grid.x, grid.y);
 }
 
@@ -77,28 +136,55 @@ Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch
                       int64_t first_token) {
     const Tensor ids = torch::stable::contiguous(sample_ids);
     const DrawSource source = source_of(ids, epoch, seed, stream, x.size(0));
-    return launched(x, strength, first_token, [&](auto from, auto to, const Common& common, cudaStream_t queue) {
-        gaussian_kernel<<<blocks(common.samples, common.size), kThreads, 0, queue>>>(from, to, common, source);
+    return launched(x, strength, first_token, false, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
+        using T = typename decltype(type)::type;
+        const T* from = source_in<T>(prepared);
+        T* to = target_in<T>(prepared);
+        if (prepared.is_turned()) {
+            const Turned turned = prepared.turned();
+            const dim3 grid = blocks(turned.samples, turned.tasks());
+            gaussian_turned_kernel<<<grid, kThreads, 0, queue>>>(from, to, turned, source);
+        } else {
+            const Common common = prepared.common();
+            const dim3 grid = blocks(common.samples, whole(common.size, kUnit));
+            gaussian_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, source);
+        }
     });
+}
+
+// As `low` and `high` give them: (samples, parts) each.
+Extremes extremes_of(const Tensor& low, const Tensor& high, int64_t samples, int64_t size) {
+    for (const Tensor& extreme : {low, high})
+        STD_TORCH_CHECK(extreme.scalar_type() == ScalarType::Double && extreme.dim() == 2 && extreme.is_contiguous() &&
+                            extreme.size(0) == samples && extreme.size(1) == low.size(1) && extreme.size(1) >= 1,
+                        "low and high: float64 (samples, parts)");
+    const int64_t parts = low.size(1);
+    STD_TORCH_CHECK(parts == 1 || size == 0 || (size >> 32 == 0 && size / parts >= kUnit),
+                    "channels with extremes of their own have 8 elements each or more, 2^32 together or less");
+    return {static_cast<const double*>(low.const_data_ptr()), static_cast<const double*>(high.const_data_ptr()), parts,
+            uint32_t(size / parts)};
 }
 
 Tensor salt_and_pepper(Tensor x, Tensor low, Tensor high, Tensor strength, Tensor sample_ids, Tensor epoch,
                        int64_t seed, int64_t stream, int64_t first_token) {
     const Tensor ids = torch::stable::contiguous(sample_ids);
     const DrawSource source = source_of(ids, epoch, seed, stream, x.size(0));
-    for (const Tensor& extreme : {low, high})
-        STD_TORCH_CHECK(extreme.scalar_type() == ScalarType::Double && extreme.dim() == 2 && extreme.is_contiguous() &&
-                            extreme.size(0) == x.size(0) && extreme.size(1) == low.size(1) && extreme.size(1) >= 1,
-                        "low and high: float64 (samples, parts)");
-    const double *lows = static_cast<const double*>(low.const_data_ptr()),
-                 *highs = static_cast<const double*>(high.const_data_ptr());
-    const int64_t parts = low.size(1);
-    return launched(x, strength, first_token, [&](auto from, auto to, const Common& common, cudaStream_t queue) {
-        STD_TORCH_CHECK(parts == 1 || (common.size >> 32 == 0 && common.size / parts >= kUnit),
-                        "channels with extremes of their own have 8 elements each or more, 2^32 together or less");
-        const Extremes extremes = {lows, highs, parts, uint32_t(common.size / parts)};
-        salt_and_pepper_kernel<<<blocks(common.samples, common.size), kThreads, 0, queue>>>(from, to, common, source,
-                                                                                            extremes);
+    const Extremes extremes = extremes_of(low, high, x.size(0), x.size(0) ? x.numel() / x.size(0) : 0);
+    return launched(x, strength, first_token, false, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
+        using T = typename decltype(type)::type;
+        const T* from = source_in<T>(prepared);
+        T* to = target_in<T>(prepared);
+        if (prepared.is_turned()) {
+            const Turned turned = prepared.turned();
+            STD_TORCH_CHECK(extremes.parts == 1 || extremes.parts == turned.rows,
+                            "where the channels lie side by side, extremes are one for each of them, or one for all");
+            const dim3 grid = blocks(turned.samples, turned.tasks());
+            salt_and_pepper_turned_kernel<<<grid, kThreads, 0, queue>>>(from, to, turned, source, extremes);
+        } else {
+            const Common common = prepared.common();
+            const dim3 grid = blocks(common.samples, whole(common.size, kUnit));
+            salt_and_pepper_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, source, extremes);
+        }
     });
 }
 
@@ -106,12 +192,18 @@ Tensor linear_mix(Tensor x, Tensor strength, bool optimal, int64_t group_size, i
                   bool) {
     STD_TORCH_CHECK(group_size >= 1, "group_size: at least 1");
     const MixPlan plan = MixPlan::of(x.size(0), group_size, transposed);
-    return launched(x, strength, first_token, [&](auto from, auto to, const Common& common, cudaStream_t queue) {
-        const dim3 grid = blocks(plan.groups, common.size);
-        if (optimal)
-            optimal_q_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
-        else
+    return launched(x, strength, first_token, true, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
+        using T = typename decltype(type)::type;
+        const T* from = source_in<T>(prepared);
+        T* to = target_in<T>(prepared);
+        const Common common = prepared.common();
+        const dim3 grid = blocks(plan.groups, whole(common.size, kUnit));
+        if (!optimal)
             circular_shift_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
+        else if (group_size <= kHeld<T> || x.size(0) <= kHeld<T>)
+            optimal_q_held_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
+        else
+            optimal_q_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
     });
 }
 

@@ -151,8 +151,17 @@ NN_INLINE Normal normalise(const Team& team, const Rows& rows, const float* weig
                                return centred * centred;
                            });
     const Normal normal = {mean, reciprocal_root(variance + rows.epsilon)};
-    change<Units>(team, rows.width, row, [&](float& value, uint32_t, int, int, uint32_t at) {
-        value = fmaf((value - normal.mean) * normal.scale, weight[at], bias[at]);
+    team.each([&](uint32_t lane) {
+        for_parts<Units>(lane, rows.width, [&](int unit, uint32_t at) {
+            Unit<float> w, b;
+            w.read(weight + at, kUnit, true);
+            b.read(bias + at, kUnit, true);
+#pragma unroll
+            for (int j = 0; j < kUnit; ++j) {
+                float& value = row[lane].value[unit][j];
+                value = fmaf((value - normal.mean) * normal.scale, w.value[j], b.value[j]);
+            }
+        });
     });
     return normal;
 }
@@ -162,7 +171,7 @@ struct NormForward {
     const T* x;
     T* y;
     float *means, *scales;  // (samples, tokens) each, for the way back
-    const float *weight, *bias;
+    const float *weight, *bias;  // at multiples of 16 bytes
     Rows rows;
 
     NN_INLINE int64_t offset(uint32_t row) const { return int64_t(row) * rows.width; }
@@ -311,12 +320,19 @@ NN_INLINE void norm_row_back(const Team& team, const NormBackward<Units, T>& wor
     const float mean = work.means[number], scale = work.scales[number];
     Row<Units> row;
     read_row<Units>(team, work.x + int64_t(number) * width, width, row);
-    change<Units>(team, width, row, [&](float& value, uint32_t lane, int unit, int j, uint32_t at) {
-        value = (value - mean) * scale;
-        float& g = gradient[lane].value[unit][j];
-        dweight[lane].value[unit][j] = fmaf(g, value, dweight[lane].value[unit][j]);
-        dbias[lane].value[unit][j] += g;
-        g *= work.weight[at];
+    team.each([&](uint32_t lane) {
+        for_parts<Units>(lane, width, [&](int unit, uint32_t at) {
+            Unit<float> w;
+            w.read(work.weight + at, kUnit, true);
+#pragma unroll
+            for (int j = 0; j < kUnit; ++j) {
+                float &value = row[lane].value[unit][j], &g = gradient[lane].value[unit][j];
+                value = (value - mean) * scale;
+                dweight[lane].value[unit][j] = fmaf(g, value, dweight[lane].value[unit][j]);
+                dbias[lane].value[unit][j] += g;
+                g *= w.value[j];
+            }
+        });
     });
     const float mean_g = work.rows.share * sum_of<Units>(team, width, [&](uint32_t lane, int unit, int j, uint32_t) {
                              return gradient[lane].value[unit][j];

@@ -68,7 +68,7 @@ const F* numbers(const Tensor& x, int64_t count) {
 
 template <class F>
 void mix_rows(const Shape& shape, Way way, double alpha, int64_t count, bool transposed, const F* from, F* to) {
-    const Mix mix = {count, shape.width, way == Way::optimal, transposed, alpha};
+    const Mix mix = {count, shape.width, shape.width, way == Way::optimal, transposed, alpha};
     kernels().linear_mix(wide_format<F>(), from, to, 0, shape.width, mix);
 }
 
@@ -76,8 +76,7 @@ void mix_rows(const Shape& shape, Way way, double alpha, int64_t count, bool tra
 template <class F>
 void add_gaussian(F* row, int64_t token, int64_t width, const Draw& draw, double std) {
     const int64_t begin = token * width;
-    // Where the sample would begin; only what is in the row is touched.
-    void* sample = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(row) - begin * sizeof(F));
+    F* sample = origin(row, begin, sizeof(F));
     kernels().gaussian_noise(wide_format<F>(), sample, sample, begin, begin + width, draw, std);
 }
 

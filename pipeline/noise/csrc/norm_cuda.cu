@@ -67,12 +67,6 @@ Rows rows_of(const Tensor& x, const Tensor& strength, double epsilon, int64_t fi
             float(epsilon), 1.0f / float(x.size(2)), static_cast<const double*>(strength.const_data_ptr())};
 }
 
-const float* floats(const Tensor& x, int64_t count) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == count && x.is_contiguous(),
-                    "weight, bias, mean and scale: float32, as many as norm_noise made or takes");
-    return static_cast<const float*>(x.const_data_ptr());
-}
-
 Tensor aligned(const Tensor& x) {
     const Tensor ordered = torch::stable::contiguous(x);
     if (is_aligned(ordered.const_data_ptr())) return ordered;
@@ -80,11 +74,18 @@ Tensor aligned(const Tensor& x) {
     return torch::stable::copy_(moved, ordered);
 }
 
+const float* floats(const Tensor& x, int64_t count) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == count && x.is_contiguous(),
+                    "weight, bias, mean and scale: float32, as many as norm_noise made or takes");
+    return static_cast<const float*>(x.const_data_ptr());
+}
+
 std::tuple<Tensor, Tensor, Tensor> norm_noise(Tensor input, Tensor weight, Tensor bias, double epsilon, int64_t way,
                                               Tensor strength, Tensor sample_ids, Tensor epoch, int64_t seed,
                                               int64_t stream, int64_t group_size, int64_t first_token, bool) {
     const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
     const Tensor x = aligned(input), ids = torch::stable::contiguous(sample_ids);
+    const Tensor w = aligned(weight), b = aligned(bias);
     const Rows rows = rows_of(x, strength, epsilon, first_token);
     const DrawSource source = source_of(ids, epoch, seed, stream, x.size(0));
     const Groups groups = Groups::of(x.size(0), group_size);
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_noise(Tensor input, Tensor weight, Tenso
         const NormForward<width.units, T> work = {
             static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
             static_cast<float*>(means.mutable_data_ptr()), static_cast<float*>(scales.mutable_data_ptr()),
-            floats(weight, rows.width), floats(bias, rows.width), rows};
+            floats(w, rows.width), floats(b, rows.width), rows};
         const uint32_t tasks = way == 0 ? rows.samples * rows.tokens : groups.tasks(rows);
         const uint32_t blocks = blocks_for(tasks), threads = kWarpsInBlock * kWarp;
         if (way == 0) norm_gaussian_kernel<<<blocks, threads, 0, queue>>>(work, source);
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_noise_backward(Tensor gradient, Tensor i
                                                        Tensor scales, int64_t way, Tensor strength, int64_t group_size,
                                                        int64_t first_token) {
     const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-    const Tensor x = aligned(input), g = aligned(gradient);
+    const Tensor x = aligned(input), g = aligned(gradient), w = aligned(weight);
     const Rows rows = rows_of(x, strength, 0, first_token);
     const Groups groups = Groups::of(x.size(0), way == 0 ? 1 : group_size);
     STD_TORCH_CHECK(g.scalar_type() == x.scalar_type() && g.numel() == x.numel(), "gradient: as x");
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_noise_backward(Tensor gradient, Tensor i
         const NormBackward<width.units, T> work = {
             static_cast<const T*>(g.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
             static_cast<T*>(dx.mutable_data_ptr()), floats(means, tokens), floats(scales, tokens),
-            floats(weight, rows.width), static_cast<float*>(dweight.mutable_data_ptr()),
+            floats(w, rows.width), static_cast<float*>(dweight.mutable_data_ptr()),
             static_cast<float*>(dbias.mutable_data_ptr()), rows, groups};
         const uint32_t blocks = kBackwardWarps / kWarpsInBlock, threads = kWarpsInBlock * kWarp;
         if (way == 0) norm_backward_kernel<Way::plain><<<blocks, threads, 0, queue>>>(work);

@@ -14,12 +14,12 @@ namespace noisynn {
 
 constexpr int kUnit = 8;
 
-// Where a thread stands: x runs over a sample's units, y over samples (or groups of samples).
+// Where a thread stands: x runs over the tasks on a sample (its units, say), y over samples (or groups of samples).
 struct Place {
     uint32_t block_x, block_y, thread, grid_x, grid_y, threads;
 
-    NN_INLINE int64_t first_unit() const { return int64_t(block_x) * threads + thread; }
-    NN_INLINE int64_t unit_step() const { return int64_t(grid_x) * threads; }
+    NN_INLINE int64_t first_task() const { return int64_t(block_x) * threads + thread; }
+    NN_INLINE int64_t task_step() const { return int64_t(grid_x) * threads; }
 };
 
 struct Grid {
@@ -28,16 +28,42 @@ struct Grid {
 
 constexpr uint32_t kThreads = 256, kMaxGridY = 65535, kMaxGridX = 1u << 20;
 
-NN_INLINE Grid grid_of(int64_t rows, int64_t size) {
-    const int64_t units = (size + kUnit - 1) / kUnit, blocks = (units + kThreads - 1) / kThreads;
+NN_INLINE int64_t whole(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// For `tasks` of a thread on each of `rows` samples (or groups of samples).
+NN_INLINE Grid grid_of(int64_t rows, int64_t tasks) {
+    const int64_t blocks = whole(tasks, kThreads);
     return {uint32_t(blocks < kMaxGridX ? blocks : kMaxGridX), uint32_t(rows < kMaxGridY ? rows : kMaxGridY)};
+}
+
+// visit(row, task)
+template <class Visit>
+NN_INLINE void for_tasks(const Place& place, int64_t rows, int64_t tasks, const Visit& visit) {
+    for (int64_t row = place.block_y; row < rows; row += place.grid_y)
+        for (int64_t task = place.first_task(); task < tasks; task += place.task_step()) visit(row, task);
 }
 
 // What all noises need. Pointers to numbers: they live where the kernel runs, and nothing is compiled anew.
 struct Common {
-    int64_t samples, size, spared;  // size: elements of a sample, of which the first `spared` stay
-    bool aligned;                   // every sample begins at a multiple of 16 bytes, in x and in y
-    const double* strength;         // 0: nothing changes
+    int64_t samples, size, spared;   // size: elements of a sample, of which the first `spared` stay
+    int64_t x_sample, y_sample;      // from one sample to the next, in elements
+    int64_t row, pitch;              // x: rows of `row` elements, `pitch` apart. row == size: one row. y has no gaps
+    bool aligned;                    // every row begins at a multiple of 16 bytes, in x and in y
+    const double* strength;          // 0: nothing changes
+
+    // A unit lies in one row: where there are several, `row` is a multiple of kUnit.
+    NN_INLINE int64_t from(int64_t sample, int64_t at) const {
+        if (row != size) at = size >> 32 == 0 ? from_row(uint32_t(at), uint32_t(row)) : from_row(at, row);
+        return sample * x_sample + at;
+    }
+    NN_INLINE int64_t to(int64_t sample, int64_t at) const { return sample * y_sample + at; }
+
+private:
+    // A division of 32 bits takes a GPU a third of the time.
+    template <class I>
+    NN_INLINE int64_t from_row(I at, I length) const {
+        return int64_t(at / length) * pitch + at % length;
+    }
 };
 
 struct DrawSource {
@@ -88,12 +114,10 @@ struct Unit {
 // visit(row, unit's first element, elements in it)
 template <class Visit>
 NN_INLINE void for_units(const Place& place, int64_t rows, int64_t size, const Visit& visit) {
-    const int64_t units = (size + kUnit - 1) / kUnit;
-    for (int64_t row = place.block_y; row < rows; row += place.grid_y)
-        for (int64_t unit = place.first_unit(); unit < units; unit += place.unit_step()) {
-            const int64_t at = unit * kUnit, left = size - at;
-            visit(row, at, int(left < kUnit ? left : kUnit));
-        }
+    for_tasks(place, rows, whole(size, kUnit), [&](int64_t row, int64_t unit) {
+        const int64_t at = unit * kUnit, left = size - at;
+        visit(row, at, int(left < kUnit ? left : kUnit));
+    });
 }
 
 template <class L>
@@ -101,13 +125,49 @@ NN_INLINE void unit_words(int64_t at, const Draw& draw, uint32_t (&words)[2][4])
     draw_words<L, 2>(uint32_t(at / 4), draw, RoundKeys(draw), words);
 }
 
+// What make(one block's words, its four values) gives from place `at` of a sample on: four times Blocks values, wherever
+// `at` lies in its block.
+template <class L, int Blocks, class V, class Make>
+NN_INLINE void from_any_place(int64_t at, const Draw& draw, V (&out)[4 * Blocks], const Make& make) {
+    const uint32_t block = uint32_t(at / 4), shift = uint32_t(at % 4);
+    V all[4 * Blocks + 4] = {};
+#pragma unroll
+    for (int b = 0; b <= Blocks; ++b) {
+        if (b == Blocks && shift == 0) break;
+        uint32_t words[1][4];
+        draw_words<L, 1>(block + b, draw, RoundKeys(draw), words);
+        make(words[0], all + 4 * b);
+    }
+    // By constant places, for a GPU's registers have no others.
+#pragma unroll
+    for (int i = 0; i < 4 * Blocks + 3; ++i)
+        if (shift & 1) all[i] = all[i + 1];
+#pragma unroll
+    for (int i = 0; i < 4 * Blocks; ++i) out[i] = shift & 2 ? all[i + 2] : all[i];
+}
+
+template <class L, int Count>
+NN_INLINE void normals_at(int64_t at, const Draw& draw, float (&out)[Count]) {
+    from_any_place<L, Count / 4>(at, draw, out, [](const uint32_t (&words)[4], float* four) {
+        normals<L>(words[0], words[1], four[0], four[1]);
+        normals<L>(words[2], words[3], four[2], four[3]);
+    });
+}
+
+template <class L, int Count>
+NN_INLINE void words_at(int64_t at, const Draw& draw, uint32_t (&out)[Count]) {
+    from_any_place<L, Count / 4>(at, draw, out, [](const uint32_t (&words)[4], uint32_t* four) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) four[i] = words[i];
+    });
+}
+
 template <class L, class T>
 NN_INLINE void gaussian_thread(const Place& place, const T* x, T* y, const Common& common, const DrawSource& source) {
     const float std = float(*common.strength);
     for_units(place, common.samples, common.size, [&](int64_t sample, int64_t at, int count) {
-        const int64_t offset = sample * common.size + at;
         Unit<T> unit;
-        unit.read(x + offset, count, common.aligned);
+        unit.read(x + common.from(sample, at), count, common.aligned);
         if (std != 0 && at + count > common.spared) {
             uint32_t words[2][4];
             unit_words<L>(at, source.of(sample), words);
@@ -120,7 +180,7 @@ NN_INLINE void gaussian_thread(const Place& place, const T* x, T* y, const Commo
                     store_one(&unit.value[i + 1], fmaf(other, std, load_one(&unit.value[i + 1])));
             }
         }
-        unit.write(y + offset, count, common.aligned);
+        unit.write(y + common.to(sample, at), count, common.aligned);
     });
 }
 
@@ -137,9 +197,8 @@ NN_INLINE void salt_and_pepper_thread(const Place& place, const T* x, T* y, cons
                                       const DrawSource& source, const Extremes& extremes) {
     const Thresholds thresholds = thresholds_of(*common.strength);
     for_units(place, common.samples, common.size, [&](int64_t sample, int64_t at, int count) {
-        const int64_t offset = sample * common.size + at;
         Unit<T> unit;
-        unit.read(x + offset, count, common.aligned);
+        unit.read(x + common.from(sample, at), count, common.aligned);
         if (thresholds.either != 0 && at + count > common.spared) {
             uint32_t words[2][4];
             unit_words<L>(at, source.of(sample), words);
@@ -158,7 +217,7 @@ NN_INLINE void salt_and_pepper_thread(const Place& place, const T* x, T* y, cons
                     store_one(&unit.value[i], word < thresholds.salt ? salt : pepper);
             }
         }
-        unit.write(y + offset, count, common.aligned);
+        unit.write(y + common.to(sample, at), count, common.aligned);
     });
 }
 
@@ -189,16 +248,18 @@ template <class T>
 NN_INLINE void circular_shift_thread(const Place& place, const T* x, T* y, const Common& common, const MixPlan& plan) {
     const float alpha = float(*common.strength);
     for_groups(place, common, plan, [&](int64_t first, int64_t k, int64_t at, int count, int64_t spared) {
-        const int64_t start = first * common.size + at;
         // The transposed mix takes the sample before: the same walk, from the last sample to the first.
-        const int64_t step = plan.transposed ? -common.size : common.size;
-        int64_t place_of_row = plan.transposed ? start + (k - 1) * common.size : start;
+        const int64_t begin = plan.transposed ? first + k - 1 : first, step = plan.transposed ? -1 : 1;
+        const T* from = x + common.from(begin, at);
+        T* to = y + common.to(begin, at);
         Unit<T> head, row, next;
-        head.read(x + place_of_row, count, common.aligned);
+        head.read(from, count, common.aligned);
         row = head;
-        for (int64_t i = 0; i < k; ++i, place_of_row += step) {
+#pragma unroll 2
+        for (int64_t i = 0; i < k; ++i) {
+            from += step * common.x_sample;
             if (i + 1 < k)
-                next.read(x + place_of_row + step, count, common.aligned);
+                next.read(from, count, common.aligned);
             else
                 next = head;
             Unit<T> out = row;
@@ -209,38 +270,79 @@ NN_INLINE void circular_shift_thread(const Place& place, const T* x, T* y, const
                     if (j >= spared) store_one(&out.value[j], fmaf(alpha, difference, own));
                 }
             }
-            out.write(y + place_of_row, count, common.aligned);
+            out.write(to, count, common.aligned);
+            to += step * common.y_sample;
             row = next;
         }
     });
 }
 
-// The sum over the group first, then each row anew: from the cache, where the group's rows of a block still lie.
+// (x + the sum over its group) * scale, but for what is spared.
+template <class T>
+NN_INLINE void mix_optimally(Unit<T>& row, const float (&sums)[kUnit], float scale, int count, int64_t spared) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j)
+        if (j >= spared && j < count) store_one(&row.value[j], (load_one(&row.value[j]) + sums[j]) * scale);
+}
+
+template <class T>
+NN_INLINE void add_row(float (&sums)[kUnit], const Unit<T>& row, bool is_first, int count) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j)
+        if (j < count) sums[j] = is_first ? load_one(&row.value[j]) : sums[j] + load_one(&row.value[j]);
+}
+
+// Rows that a thread holds in registers: more of them do not fit beside their sums in 128.
+template <class T>
+constexpr int kHeld = sizeof(T) == 4 ? 8 : 12;
+
+// Groups of kHeld samples at most: each row is read once, all of them at the same time.
+template <class T>
+NN_INLINE void optimal_q_held_thread(const Place& place, const T* x, T* y, const Common& common, const MixPlan& plan) {
+    const bool on = *common.strength != 0;
+    for_groups(place, common, plan, [&](int64_t first, int64_t k, int64_t at, int count, int64_t spared) {
+        const T* from = x + common.from(first, at);
+        T* to = y + common.to(first, at);
+        const float scale = k == plan.group_size ? plan.scale : plan.last_scale;
+        Unit<T> rows[kHeld<T>];
+        float sums[kUnit] = {};
+#pragma unroll
+        for (int i = 0; i < kHeld<T>; ++i)
+            if (i < k) rows[i].read(from + i * common.x_sample, count, common.aligned);
+#pragma unroll
+        for (int i = 0; i < kHeld<T>; ++i)
+            if (i < k) add_row(sums, rows[i], i == 0, count);
+#pragma unroll
+        for (int i = 0; i < kHeld<T>; ++i)
+            if (i < k) {
+                if (k > 1 && on) mix_optimally(rows[i], sums, scale, count, spared);
+                rows[i].write(to + i * common.y_sample, count, common.aligned);
+            }
+    });
+}
+
+// Larger groups: the sum first, then each row anew, from a cache as far as the rows of all blocks at work fit in one.
 template <class T>
 NN_INLINE void optimal_q_thread(const Place& place, const T* x, T* y, const Common& common, const MixPlan& plan) {
     const bool on = *common.strength != 0;
     for_groups(place, common, plan, [&](int64_t first, int64_t k, int64_t at, int count, int64_t spared) {
-        const int64_t start = first * common.size + at;
+        const T* from = x + common.from(first, at);
+        T* to = y + common.to(first, at);
         const float scale = k == plan.group_size ? plan.scale : plan.last_scale;
         float sums[kUnit] = {};
         Unit<T> row;
         if (k > 1 && on) {
+#pragma unroll 4
             for (int64_t i = 0; i < k; ++i) {
-                row.read(x + start + i * common.size, count, common.aligned);
-#pragma unroll
-                for (int j = 0; j < kUnit; ++j)
-                    if (j < count) sums[j] = i == 0 ? load_one(&row.value[j]) : sums[j] + load_one(&row.value[j]);
+                row.read(from + i * common.x_sample, count, common.aligned);
+                add_row(sums, row, i == 0, count);
             }
         }
+#pragma unroll 4
         for (int64_t i = 0; i < k; ++i) {
-            row.read(x + start + i * common.size, count, common.aligned);
-            if (k > 1 && on) {
-#pragma unroll
-                for (int j = 0; j < kUnit; ++j)
-                    if (j >= spared && j < count)
-                        store_one(&row.value[j], (load_one(&row.value[j]) + sums[j]) * scale);
-            }
-            row.write(y + start + i * common.size, count, common.aligned);
+            row.read(from + i * common.x_sample, count, common.aligned);
+            if (k > 1 && on) mix_optimally(row, sums, scale, count, spared);
+            row.write(to + i * common.y_sample, count, common.aligned);
         }
     });
 }

@@ -1,0 +1,92 @@
+// image_noise on a GPU: how the threads of image_bodies.h are launched.
+#include "image_bodies.h"
+
+#include "cuda_operators.cuh"
+
+namespace noisynn {
+namespace {
+
+constexpr int kBlocksOnOne = 2;  // 128 registers a thread: it holds eight pixels and their noise
+
+__device__ __forceinline__ Place here() {
+    return {blockIdx.x, blockIdx.y, threadIdx.x, gridDim.x, gridDim.y, blockDim.x};
+}
+
+template <ImageKind kind, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+    image_kernel(Pictures pictures, T* __restrict__ y, DrawSource source) {
+    image_thread<kind, DeviceLane>(here(), pictures, y, source);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+    image_shift_kernel(Pictures pictures, T* __restrict__ y, MixPlan plan) {
+    image_shift_thread(here(), pictures, y, plan);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+    image_optimal_q_kernel(Pictures pictures, T* __restrict__ y, MixPlan plan) {
+    image_optimal_q_thread(here(), pictures, y, plan);
+}
+
+const float* of_channels(const Tensor& x) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == kChannels && x.is_contiguous(),
+                    "mean and std: float32, one for each channel");
+    return static_cast<const float*>(x.const_data_ptr());
+}
+
+const bool* flips(const Tensor& flip, int64_t samples) {
+    STD_TORCH_CHECK(flip.scalar_type() == ScalarType::Bool && flip.is_contiguous() &&
+                        (flip.numel() == 0 || flip.numel() == samples),
+                    "flip: bool, one for each sample, or none");
+    return flip.numel() ? static_cast<const bool*>(flip.const_data_ptr()) : nullptr;
+}
+
+// Fills `out`, which ops.py has made in the wanted format and layout.
+void image_noise(Tensor images, Tensor mean, Tensor std, Tensor flip, int64_t kind, Tensor strength, Tensor sample_ids,
+                 Tensor epoch, int64_t seed, int64_t stream, int64_t group_size, bool channels_last, Tensor out) {
+    const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+    STD_TORCH_CHECK(images.scalar_type() == ScalarType::Byte && images.dim() == 4 && images.size(3) == kChannels,
+                    "images: uint8 (samples, height, width, 3)");
+    STD_TORCH_CHECK(out.numel() == images.numel(), "out: (samples, 3, height, width)");
+    STD_TORCH_CHECK(strength.numel() == 1 && strength.scalar_type() == ScalarType::Double,
+                    "strength: float64, one number");
+    if (images.numel() == 0) return;
+    const Tensor x = torch::stable::contiguous(images), ids = torch::stable::contiguous(sample_ids);
+    const int64_t samples = x.size(0);
+    const bool aligned =
+        is_aligned(x.const_data_ptr()) && is_aligned(out.const_data_ptr()) && x.size(2) % kStretch == 0;
+    const Pictures pictures = {static_cast<const uint8_t*>(x.const_data_ptr()), flips(flip, samples),
+                               of_channels(mean), of_channels(std), samples, x.size(1), x.size(2), aligned,
+                               channels_last, static_cast<const double*>(strength.const_data_ptr())};
+    STD_TORCH_CHECK(pictures.tasks() >> 32 == 0, "a picture has 2^32 stretches of 16 pixels at most");
+    const DrawSource source = source_of(ids, epoch, seed, stream, samples);
+    const MixPlan plan = MixPlan::of(samples, group_size, false);
+    const bool is_linear = kind >= int64_t(ImageKind::circular_shift);
+    const Grid size = grid_of(is_linear ? plan.groups : samples, pictures.tasks());
+    const dim3 grid(size.x, size.y);
+    const cudaStream_t queue = queue_of(x);
+    with_format(out, [&](auto type) {
+        using T = typename decltype(type)::type;
+        T* to = static_cast<T*>(out.mutable_data_ptr());
+        switch (ImageKind(kind)) {
+            case ImageKind::none:
+                return image_kernel<ImageKind::none><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+            case ImageKind::gaussian:
+                return image_kernel<ImageKind::gaussian><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+            case ImageKind::salt_and_pepper:
+                return image_kernel<ImageKind::salt_and_pepper><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+            case ImageKind::circular_shift:
+                return image_shift_kernel<<<grid, kThreads, 0, queue>>>(pictures, to, plan);
+            case ImageKind::optimal_q:
+                return image_optimal_q_kernel<<<grid, kThreads, 0, queue>>>(pictures, to, plan);
+        }
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+}  // namespace noisynn
+
+STABLE_TORCH_LIBRARY_IMPL(noisynn, CUDA, m) { m.impl("image_noise_", TORCH_BOX(&noisynn::image_noise)); }
