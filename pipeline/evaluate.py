@@ -99,7 +99,7 @@ class Evaluator:
         self.batch = batch
         self.workers = workers
         self.device = next(model.parameters()).device
-        self.preprocess = Preprocess(model, self.device)
+        self.preprocess = Preprocess(model, self.device, injector)
 
     def per_image(self, ranks: Ranks) -> Accuracy:
         """Noise off, whatever was trained with it."""

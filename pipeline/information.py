@@ -142,7 +142,7 @@ class SiteFeatures:
     def collect(self, order: np.ndarray, group: int) -> np.ndarray:
         """float64 (n, d): row i is sample i's, whatever the order it came in. Errors: ValueError if not finite."""
         device = next(self.model.parameters()).device
-        preprocess = Preprocess(self.model, device)
+        preprocess = Preprocess(self.model, device, self.injector)
         module = self.model if self.site.name == IMAGE_SITE else self.model.get_submodule(self.site.name)
         handle = module.register_forward_pre_hook(self._keep)  # after the injector's: it sees the noise
         self.model.eval()

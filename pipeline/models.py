@@ -14,6 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.noise.config import NoiseConfig
+from pipeline.noise.inject import Draw, NoiseInjector
+from pipeline.noise.ops import apply_noise, image_noise
+
 WEIGHTS_NAME = "model.safetensors"
 
 
@@ -136,21 +140,62 @@ def _origin(path: Path) -> str:
 
 
 class Preprocess:
-    """uint8 (B, H, W, 3) -> normalised (B, 3, H, W) on the device, with the model's own mean and std.
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) as the model takes it: normalised, noisy where the noise's site is the image.
 
-    Computed in float32, handed on in the type of the model's parameters: DeepSpeed's bf16 converts the whole model.
+    One pass on the device, computed in float32, with the model's own mean and std. It hands on the type of the model's
+    parameters (DeepSpeed's bf16 converts the whole model) and the memory layout of its convolutions. Whether there is
+    noise, and which, is the injector's to say: its `set_batch` comes first.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, injector: NoiseInjector) -> None:
         cfg = timm_settings(model)
+        self.injector = injector
         self.dtype = next(model.parameters()).dtype
-        self.mean = torch.tensor(cfg["mean"], device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(cfg["std"], device=device).view(1, 3, 1, 1)
+        self.memory_format = _memory_format(model)
+        self.mean = torch.tensor(cfg["mean"], dtype=torch.float32, device=device)
+        self.std = torch.tensor(cfg["std"], dtype=torch.float32, device=device)
+        self._zero = torch.zeros((), dtype=torch.int64, device=device)
+        # By the pass itself: what salt and pepper write is a white and a black pixel to the bit, in one pass or two.
+        levels = torch.tensor([0, 255], dtype=torch.uint8, device=device).view(2, 1, 1, 1).expand(2, 1, 1, 3)
+        self.black, self.white = self.normalise(levels)
 
     def __call__(self, images: Tensor) -> Tensor:
-        x = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2)
-        return ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
+        draw = self.injector.at_image()
+        return self.normalise(images) if draw is None else self._pass(images, self.injector.config, draw)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Without the noise, for what has to come between: mixup."""
+        draw = Draw(self._zero.new_zeros(len(images)), 0, self._zero, self._zero, 0)
+        return self._pass(images, NoiseConfig(), draw)
+
+    def noise(self, x: Tensor) -> Tensor:
+        """The noise alone, in a pass of its own, on normalised (B, 3, H, W)."""
+        draw = self.injector.at_image()
+        if draw is None:
+            return x
+        ids, seed, epoch, strength, stream = draw
+        extremes = self.black, self.white
+        return apply_noise(x, self.injector.config, ids, seed, epoch, 0, extremes, strength, stream)
 
     def undo(self, x: Tensor) -> Tensor:
         """Normalised float (B, 3, H, W) -> uint8 (B, H, W, 3), clipped: what a person can look at."""
-        return ((x * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return ((x.permute(0, 2, 3, 1) * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def _pass(self, images: Tensor, config: NoiseConfig, draw: Draw) -> Tensor:
+        images = images.to(self.mean.device, non_blocking=True)
+        # The pass writes no other format than these three: a float64 model gets a float32 result, converted.
+        dtype = self.dtype if self.dtype in (torch.bfloat16, torch.float16) else torch.float32
+        ids, seed, epoch, strength, stream = draw
+        x = image_noise(
+            images, self.mean, self.std, config, ids, seed, epoch, None, dtype, self.memory_format, strength, stream
+        )
+        return x.to(self.dtype)
+
+
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    """channels_last where the model's convolutions are: else the first of them would copy each batch."""
+    for kernel in (p for p in model.parameters() if p.ndim == 4):
+        # A kernel with one input channel, or at one place, is both.
+        if kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format

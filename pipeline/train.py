@@ -93,16 +93,11 @@ def train(run: Training) -> Accuracy:
 def micro_step(run: Training, batch: Batch, epoch: int) -> Tensor:
     """Forward, backward, and at the end of an accumulation the optimiser's step. Returns the detached loss."""
     config = run.config
-    ids = batch.sample_ids.to(run.accelerator.device)
-    labels = batch.labels.to(run.accelerator.device)
-    x = run.preprocess(batch.images)
-    targets = nn.functional.one_hot(labels, len(run.classes)).float()
-    if config.augment.mixup_alpha:
-        x, targets = mixup(x, targets, batch.sample_ids, config.seed, epoch, config.augment.mixup_alpha)
+    run.injector.set_batch(batch.sample_ids.to(run.accelerator.device), epoch, run.step, run.step / run.last_step)
+    x, targets = inputs_and_targets(run, batch, epoch)
     run.schedule.step_update(run.step)
     # Drop path and dropout draw from torch's generator: the same for any number of ranks at one micro-batch.
     torch.manual_seed(_dropout_seed(batch.sample_ids[:1], config.seed, epoch))
-    run.injector.set_batch(ids, epoch, run.step, run.step / run.last_step)
     with run.accelerator.accumulate(run.engine), _shown_inputs(run):
         logits = run.engine(x)
         loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
@@ -112,6 +107,18 @@ def micro_step(run: Training, batch: Batch, epoch: int) -> Tensor:
         run.optimizer.step()
         run.optimizer.zero_grad()
     return loss.detach()
+
+
+def inputs_and_targets(run: Training, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) as the network gets it and (B, classes). Mixup is of pictures without noise, which then come in."""
+    config = run.config
+    labels = batch.labels.to(run.accelerator.device)
+    targets = nn.functional.one_hot(labels, len(run.classes)).float()
+    if not config.augment.mixup_alpha:
+        return run.preprocess(batch.images), targets
+    x = run.preprocess.normalise(batch.images)
+    x, targets = mixup(x, targets, batch.sample_ids, config.seed, epoch, config.augment.mixup_alpha)
+    return run.preprocess.noise(x), targets
 
 
 def _dropout_seed(first_id: Tensor, seed: int, epoch: int) -> int:
@@ -128,7 +135,6 @@ def _shown_inputs(run: Training):
         return
     run.shown = True
     seen: list[Tensor] = []
-    # Registered after the injector's hook, so it sees that hook's result.
     handle = run.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     try:
         yield
@@ -189,7 +195,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
         optimizer=prepared,
         schedule=schedule,
         injector=injector,
-        preprocess=Preprocess(model, accelerator.device),
+        preprocess=Preprocess(model, accelerator.device, injector),
         loader=loader,
         evaluator=Evaluator(model, injector, readers[1], config.micro_batch, config.data.workers),
         classes=readers[0].classes,

@@ -1,6 +1,7 @@
 """Puts noise at the inputs of named modules of any timm model: its state_dict keys stay timm's.
 
-By hooks, or, behind a LayerNorm that feeds the site alone, in one pass with it (norm.py).
+By hooks, or, behind a LayerNorm that feeds the site alone, in one pass with it (norm.py). At the image nothing is
+attached: models.Preprocess asks for the draw and adds the noise in the pass that normalises.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +44,20 @@ class _Site:
         return replace(self, strength=strengths[0], evaluation_strength=strengths[1])
 
 
+class Draw(NamedTuple):
+    """What the noise at one site is a function of, in the running batch; devices and types as ops.apply_noise has."""
+
+    sample_ids: Tensor
+    seed: int
+    epoch: Tensor
+    strength: Tensor
+    stream: int
+
+
 class NoiseInjector:
     """Holds the hooks and what they need of the running batch.
 
-    Call `set_batch` before each forward pass: noise is a function of (seed, epoch, sample id, site), never of a
+    Call `set_batch` before a batch is preprocessed: noise is a function of (seed, epoch, sample id, site), never of a
     hidden generator. In evaluation the epoch is 0, the seed another, and the strength the last one.
     """
 
@@ -59,7 +71,6 @@ class NoiseInjector:
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._handles: list[RemovableHandle] = []
         self._replaced: dict[str, nn.Module] = {}  # norms by their names, as they were
-        self._extremes = _black_and_white(model) if config.site == IMAGE_SITE else None
         if config.kind == "none":
             return
         shapes = site_shapes(model, config.site_patterns, image_size)
@@ -84,6 +95,12 @@ class NoiseInjector:
             site.strength.fill_(level if picked in (None, number) else 0.0)
             site.evaluation_strength.fill_(last_level if picked_in_evaluation in (None, number) else 0.0)
 
+    def at_image(self) -> Draw | None:
+        """The running batch's draw at the image; None where no noise acts there."""
+        if not self._is_active() or [site.name for site in self.sites] != [IMAGE_SITE]:
+            return None
+        return self._draw(self.sites[0])
+
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """The plain model, for as long as the context lasts."""
@@ -100,12 +117,15 @@ class NoiseInjector:
         for name, norm in self._replaced.items():
             _put(self._model, name, norm)
         self._replaced.clear()
+        self.sites = ()
 
     def _attach(self, number: int, site: str) -> None:
+        if site == IMAGE_SITE:
+            return
         norm = norm_before(self._model, site) if self.config.kind in NORM_KINDS else None
         if norm is None:
-            module = self._model if site == IMAGE_SITE else self._model.get_submodule(site)
-            self._handles.append(module.register_forward_pre_hook(partial(self._hook, number)))
+            hook = partial(self._hook, number)
+            self._handles.append(self._model.get_submodule(site).register_forward_pre_hook(hook))
             return
         plain = self._model.get_submodule(norm)
         assert isinstance(plain, nn.LayerNorm)
@@ -132,10 +152,8 @@ class NoiseInjector:
         if not self._is_active():
             return None
         site = self.sites[number]
-        ids, seed, epoch, strength = self._draw(site)
-        noisy = apply_noise(
-            args[0], self.config, ids, seed, epoch, site.first_token, self._extremes, strength, site.stream
-        )
+        ids, seed, epoch, strength, stream = self._draw(site)
+        noisy = apply_noise(args[0], self.config, ids, seed, epoch, site.first_token, None, strength, stream)
         return (noisy, *args[1:])
 
     def _normalise(self, number: int, x: Tensor, norm: NormNoise) -> Tensor | None:
@@ -143,20 +161,21 @@ class NoiseInjector:
         if not self._is_active():
             return None
         site = self.sites[number]
-        ids, seed, epoch, strength = self._draw(site)
+        ids, seed, epoch, strength, stream = self._draw(site)
         return norm_noise(
-            x, norm.weight, norm.bias, norm.eps, self.config, ids, seed, epoch, site.first_token, strength, site.stream
+            x, norm.weight, norm.bias, norm.eps, self.config, ids, seed, epoch, site.first_token, strength, stream
         )
 
     def _is_active(self) -> bool:
         return self.enabled and self.config.active(self._model.training)
 
-    def _draw(self, site: _Site) -> tuple[Tensor, int, Tensor, Tensor]:
-        """(sample ids, seed, epoch, strength) of the running batch."""
-        assert self._sample_ids is not None, "set_batch() was not called before the forward pass"
+    def _draw(self, site: _Site) -> Draw:
+        ids = self._sample_ids
+        assert ids is not None, "set_batch() was not called before the batch"
         if self._model.training:
-            return self._sample_ids, self.seed, self._epoch, site.strength
-        return self._sample_ids, self.seed ^ _EVALUATION_SEED, torch.zeros_like(self._epoch), site.evaluation_strength
+            return Draw(ids, self.seed, self._epoch, site.strength, site.stream)
+        epoch = torch.zeros_like(self._epoch)
+        return Draw(ids, self.seed ^ _EVALUATION_SEED, epoch, site.evaluation_strength, site.stream)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -170,15 +189,6 @@ def _check_streams(sites: Sequence[_Site]) -> None:
     for site in sites:
         if (other := first.setdefault(site.stream, site.name)) != site.name:
             raise ValueError(f"noise.site {site.name!r} would draw the noise of {other!r}: leave one of them out")
-
-
-def _black_and_white(model: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Black and white after the model's own normalisation, (3, 1, 1) each; None for a model that timm did not make."""
-    settings = getattr(model, "pretrained_cfg", None)
-    if not settings:
-        return None
-    mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return -mean / std, (1 - mean) / std
 
 
 def site_shapes(model: nn.Module, patterns: Sequence[str], image_size: int) -> dict[str, tuple[int, ...]]:

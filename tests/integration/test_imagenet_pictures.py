@@ -161,8 +161,10 @@ def test_a_real_picture_reaches_the_network_as_it_is(manifest, tmp_path: Path) -
     import torch
 
     from pipeline.models import ModelConfig, Preprocess, create_model
+    from pipeline.noise.config import NoiseConfig
+    from pipeline.noise.inject import NoiseInjector
 
     model = create_model(ModelConfig("vit_tiny_patch16_224", options={"depth": 1}), 250, 224)
-    preprocess = Preprocess(model, torch.device("cpu"))
+    preprocess = Preprocess(model, torch.device("cpu"), NoiseInjector(model, NoiseConfig(), 224, seed=0))
     images = open_split(manifest.path, DataConfig(workers=0), AugmentConfig(), seed=0).batch(np.arange(4), 0).images
     assert torch.equal(preprocess.undo(preprocess(images)), images)

@@ -165,6 +165,31 @@ def test_group_noise_does_not_change_with_the_batch_size():
     assert results[0].correct_top1 != evaluator(reader).per_image(ALONE).correct_top1
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "salt_and_pepper"])
+def test_a_picture_s_noise_at_the_image_does_not_change_with_batch_or_order(kind):
+    """To the bit, as the network gets it; and it is noise."""
+    reader = Pictures()
+    noise = NoiseConfig(kind=kind, strength=0.4, during="eval")
+    seen, results = [], []
+    for order, batch in (("class", 1), ("class", 7), ("shuffled", 16), ("shuffled", 60)):
+        own, inputs = evaluator(reader, noise, batch=batch), []
+        own.model.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+        result = own.with_noise(order, 3, ALONE)
+        ids = (
+            np.argsort(reader.labels, kind="stable")
+            if order == "class"
+            else np.random.RandomState([3, 0]).permutation(N)
+        )
+        by_sample = torch.empty(N, 3, 2, 2)
+        by_sample[torch.from_numpy(ids)] = torch.cat(inputs)
+        seen.append(by_sample)
+        results.append((result.correct_top1, result.correct_top5, result.transductive))
+    assert all(torch.equal(other, seen[0]) for other in seen[1:])
+    assert set(results) == {results[0]} and results[0][2] is False
+    plain = torch.from_numpy(reader.pixels).permute(0, 3, 1, 2) / 255
+    assert (seen[0] - plain).abs().mean() > 0.1
+
+
 def test_fewer_than_five_classes_are_all_in_the_top_5():
     found = evaluator(Pictures(classes=3)).per_image(ALONE)
     assert found.correct_top5 == N > found.correct_top1

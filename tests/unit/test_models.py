@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint as ckpt
-from pipeline.models import ModelConfig, Preprocess, create_model, load_weights, weights_file
+from pipeline.models import ModelConfig, create_model, load_weights, weights_file
 
 SIZE = 32
 OPTIONS = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
@@ -172,17 +172,3 @@ def test_no_weights_there(tmp_path):
 def test_options_that_contradict_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=rf"model\.{name} "):
         ModelConfig(**options)
-
-
-def test_preprocess_is_timm_s_normalising_and_can_be_undone():
-    model = vit()
-    preprocess = Preprocess(model, torch.device("cpu"))
-    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
-    x = preprocess(images)
-    cfg = model.pretrained_cfg
-    expected = (images.double().numpy() / 255 - cfg["mean"]) / cfg["std"]
-    assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
-    # Three float32 operations on numbers of order 1.
-    torch.testing.assert_close(x[0].permute(1, 2, 0).double(), torch.from_numpy(expected[0]), rtol=0, atol=1e-6)
-    assert torch.equal(preprocess.undo(x), images)
-    assert preprocess.undo(x + 100).max() == 255 and preprocess.undo(x - 100).max() == 0

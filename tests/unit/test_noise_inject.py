@@ -46,8 +46,9 @@ def inject(model: torch.nn.Module, site: str, during: str = "eval", **options) -
 def input_of(model: torch.nn.Module, site: str, x: torch.Tensor) -> torch.Tensor:
     """What arrives at a module, after all hooks registered before."""
     seen = []
-    module = model if site == "image" else model.get_submodule(site)
-    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    handle = model.get_submodule(site).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach().clone())
+    )
     with torch.no_grad():
         model(x)
     handle.remove()
@@ -60,13 +61,11 @@ def input_of(model: torch.nn.Module, site: str, x: torch.Tensor) -> torch.Tensor
     [
         (vit, "blocks.1", 1),
         (vit, "blocks.1.attn", 1),
-        (vit, "image", 0),
         (cnn, "layer4.1", 0),
-        (cnn, "image", 0),
         (lambda: vit(reg_tokens=4), "blocks.1.attn", 5),
         (lambda: vit(class_token=False, global_pool="avg"), "blocks.1", 0),
     ],
-    ids=["vit block", "vit attn", "vit image", "cnn block", "cnn image", "vit registers", "vit without class token"],
+    ids=["vit block", "vit attn", "cnn block", "vit registers", "vit without class token"],
 )
 def test_the_module_s_input_changes_exactly_by_the_reference(build, site, first_token, options):
     model, x = build(), pictures()
@@ -77,11 +76,7 @@ def test_the_module_s_input_changes_exactly_by_the_reference(build, site, first_
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # so that the clean input is the same in both phases
     noisy = input_of(model, site, x)
-    extremes = None
-    if site == "image":  # pepper is a black picture as the network gets it, salt a white one
-        mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-        extremes = (torch.zeros(3, 1, 1) - mean) / std, (torch.ones(3, 1, 1) - mean) / std
-    expected = apply_noise(clean, injector.config, IDS, SEED, torch.tensor(3), first_token, extremes)
+    expected = apply_noise(clean, injector.config, IDS, SEED, torch.tensor(3), first_token)
     if isinstance(injector._replaced.get("blocks.1.norm1"), torch.nn.LayerNorm):  # in one pass with LayerNorm
         torch.testing.assert_close(noisy, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(noisy[:, :first_token], clean[:, :first_token], rtol=0, atol=1e-5)
@@ -209,20 +204,23 @@ def test_off_is_the_plain_model_and_comes_on_again_after_an_error():
     assert torch.equal(model(x), noisy)
 
 
-def test_kind_none_registers_nothing():
+def test_kind_none_and_noise_at_the_image_register_nothing():
     model = vit()
-    NoiseInjector(model, NoiseConfig(site="no such site"), SIZE, SEED)
+    none = NoiseInjector(model, NoiseConfig(site="no such site"), SIZE, SEED)
+    assert none.at_image() is None
+    assert inject(model, "image").at_image() is not None
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert inject(model, "blocks.0").at_image() is None
 
 
 def test_evaluation_noise_is_another_and_does_not_depend_on_the_epoch():
     model, x = vit(), pictures()
-    injector = inject(model, "image", during="both")
+    injector = inject(model, "blocks.0", during="both", spare_prefix_tokens=False, **GAUSSIAN)
 
     def seen(training: bool, epoch: int) -> torch.Tensor:
         model.train(training)
         injector.set_batch(IDS, epoch)
-        return input_of(model, "image", x)
+        return input_of(model, "blocks.0", x)
 
     assert torch.equal(seen(False, 0), seen(False, 7))
     assert not torch.equal(seen(True, 0), seen(True, 7))
