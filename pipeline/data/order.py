@@ -45,10 +45,12 @@ def layout_of(global_batch: int, micro_batch: int, rank: int, world_size: int, m
     divisors = [size for size in range(1, share + 1) if share % size == 0]
     fitting = [size for size in divisors if size <= micro_batch and size % multiple_of == 0]
     if not fitting:
+        larger = [str(size) for size in divisors if size % multiple_of == 0][:1]
+        groups = [str(size) for size in divisors if size <= micro_batch]
         raise ValueError(
             f"no micro_batch up to {micro_batch} divides the {share} samples of each rank and is a multiple of "
-            f"{multiple_of} (noise.group_size, and mixup's pairs): a rank's micro-batches can be of "
-            f"{', '.join(map(str, divisors))}"
+            f"{multiple_of} (noise.group_size, and mixup's pairs): sizes that do divide one: "
+            f"{', '.join(groups)}{f'; or take a micro_batch of {larger[0]}' if larger else ''}"
         )
     return Layout(rank, world_size, fitting[-1], share // fitting[-1])
 

@@ -127,9 +127,9 @@ def image_noise(
     out = torch.empty((count, 3, height, width), dtype=dtype, device=images.device, memory_format=memory_format)
     torch.ops.noisynn.image_noise_(
         images,
-        mean.contiguous(),
-        std.contiguous(),
-        torch.empty(0, dtype=torch.bool, device=images.device) if flip is None else flip.contiguous(),
+        mean.to(images.device).contiguous(),
+        std.to(images.device).contiguous(),
+        torch.empty(0, dtype=torch.bool, device=images.device) if flip is None else flip.to(images.device).contiguous(),
         IMAGE_KINDS.index(config.kind),
         _strength(level, "strength", images, 0.0, math.inf),
         sample_ids,

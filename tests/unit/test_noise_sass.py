@@ -2,56 +2,49 @@
 
 import re
 import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-import pipeline.noise
+from benchmarks.code_paths import functions
+from benchmarks.machine_code import LIBRARY, dumped
 
-LIBRARY = Path(pipeline.noise.__file__).parent / "csrc" / "libnoisynn_cuda.so"
-# Kernels, and how many of each there are: by format, by the width of a row, and by the way back.
+# Kernels, and how many of each there are: by format, by the noise, by the width of a row, and by the way back.
 KERNELS = {
     "15gaussian_kernel": 3,
     "salt_and_pepper_kernel": 3,
+    "gaussian_turned_kernel": 3,
+    "salt_and_pepper_turned_kernel": 3,
     "circular_shift_kernel": 3,
     "16optimal_q_kernel": 3,
+    "optimal_q_held_kernel": 3,
+    "12image_kernel": 9,
+    "image_shift_kernel": 3,
+    "image_optimal_q_kernel": 3,
     "norm_gaussian_kernel": 6,
     "norm_shift_kernel": 6,
     "norm_optimal_q_kernel": 6,
     "norm_backward_kernel": 18,
 }
 # Registers of a thread with which as many blocks are on a multiprocessor as the launch bounds say.
-MOST_REGISTERS = {"norm_backward_kernel": 255, "norm_": 128, "": 64}
+MOST_REGISTERS = {
+    "norm_backward_kernel": 255,
+    "norm_shift_kernel": 168,
+    "norm_": 128,
+    "image_": 128,
+    "_held_": 128,
+    "_turned_": 128,
+    "circular_shift_kernel": 80,
+    "": 64,
+}
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no GPU code: nvcc is not installed")
-
-
-def disassembler() -> str:
-    triton = pytest.importorskip("triton")
-    beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return shutil.which("cuobjdump") or str(beside / "cuobjdump")
-
-
-def dumped(*options: str) -> str:
-    import os
-
-    tool = disassembler()
-    environment = os.environ | {"PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([tool, *options, str(LIBRARY)], capture_output=True, text=True, check=True, env=environment)
-    return done.stdout
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def instructions(request) -> dict[str, Counter[str]]:
     """Each kernel's instructions and how many of each."""
-    found: dict[str, Counter[str]] = {}
-    for line in dumped("-sass", "-arch", request.param).splitlines():
-        if name := re.search(r"Function : (\S+)", line):
-            kernel = found.setdefault(name[1], Counter())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            kernel[match[1]] += 1
-    return found
+    code = functions(dumped(LIBRARY, "-sass", "-arch", request.param))
+    return {name: Counter(instruction.opcode for instruction in own) for name, own in code.items()}
 
 
 def test_all_kernels_are_there_for_all_formats(instructions):
@@ -73,7 +66,7 @@ def test_memory_moves_16_bytes_at_a_time(instructions):
 
 
 def test_no_registers_are_spilled_and_blocks_fit():
-    text = dumped("-res-usage")
+    text = dumped(LIBRARY, "-res-usage")
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert len(rows) == 2 * sum(KERNELS.values())
     for name, registers, stack, local in rows:

@@ -125,6 +125,21 @@ def test_layout_of_takes_the_largest_micro_batch_or_names_what_would_do(global_b
         assert layout.global_batch == global_batch
 
 
+@PROPERTY
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(2, 8))
+def test_the_sizes_that_a_refusal_names_are_taken(global_batch, most, multiple):
+    try:
+        layout_of(global_batch, most, 0, 1, multiple)
+    except ValueError as error:
+        named, _, larger = (
+            str(error).partition("sizes that do divide one: ")[2].partition("; or take a micro_batch of ")
+        )
+        for size in named.split(", "):
+            layout_of(global_batch, most, 0, 1, int(size))
+        if larger:
+            assert layout_of(global_batch, int(larger), 0, 1, multiple).micro_batch == int(larger)
+
+
 def test_the_recipe_of_1024_fits_four_nodes_of_eight():
     layout = layout_of(1024, 128, 31, 32, multiple_of=8)
     assert (layout.micro_batch, layout.accumulation) == (32, 1)

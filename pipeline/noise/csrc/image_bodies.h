@@ -198,14 +198,10 @@ NN_INLINE void image_shift_thread(const Place& place, const Pictures& pictures, 
     const Normalise normalise(pictures);
     const float alpha = float(*pictures.strength);
     for_picture_groups(place, pictures, plan, [&](int64_t first, int64_t k, const Stretch& at) {
-        Bytes head, row, next;
-        head.read(pictures, first, at);
-        row = head;
+        Bytes row, next;
+        row.read(pictures, first, at);
         for (int64_t i = 0; i < k; ++i) {
-            if (i + 1 < k)
-                next.read(pictures, first + i + 1, at);
-            else
-                next = head;
+            next.read(pictures, first + (i + 1 < k ? i + 1 : 0), at);
             T* to = y + (first + i) * kChannels * pictures.plane();
             for_halves(at.count, [&](int half, int count) {
                 Values values;

@@ -88,29 +88,37 @@ struct Prepared {
     }
 };
 
-// Whether the kernels take x as it lies. by_place: what they do to an element does not depend on where in the sample it is.
-bool is_taken(const Layout& layout, bool by_place) {
+// by_place: what an operator does to an element does not depend on where in the sample it is. parts: of a sample, that
+// have extremes of their own.
+struct Nature {
+    bool by_place = false;
+    int64_t parts = 1;
+};
+
+// Whether the kernels take x as it lies.
+bool is_taken(const Layout& layout, const Nature& nature) {
     if (!layout.fits) return false;
     if (layout.is_flat()) return true;
     if (layout.is_pitched()) return layout.columns % kUnit == 0;
-    if (by_place) return layout.is_same_order() && layout.spared == 0;
-    return layout.is_turned() && layout.size >> 32 == 0;
+    if (nature.by_place) return layout.is_same_order() && layout.spared == 0;
+    return layout.is_turned() && layout.size >> 32 == 0 && (nature.parts == 1 || nature.parts == layout.rows);
 }
 
 // launch(Type<T>{}, prepared, queue) on x's device, in its format; the result has x's own layout.
 template <class Launch>
-Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, bool by_place, const Launch& launch) {
+Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, const Nature& nature,
+                const Launch& launch) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     STD_TORCH_CHECK(strength.numel() == 1 && strength.scalar_type() == ScalarType::Double,
                     "strength: float64, one number");
     Tensor y = torch::stable::empty_like(x);
     Layout layout(x, y, first_token);
     if (x.numel() == 0) return y;
-    if (!is_taken(layout, by_place)) {
-        const Tensor ordered = launched(torch::stable::contiguous(x), strength, first_token, by_place, launch);
+    if (!is_taken(layout, nature)) {
+        const Tensor ordered = launched(torch::stable::contiguous(x), strength, first_token, nature, launch);
         return torch::stable::copy_(y, ordered);
     }
-    if (by_place && !layout.is_pitched()) layout = layout.as_flat();
+    if (nature.by_place && !layout.is_pitched()) layout = layout.as_flat();
     const Prepared prepared = {x, y, layout, static_cast<const double*>(strength.const_data_ptr())};
     with_format(x, [&](auto type) { launch(type, prepared, queue_of(x)); });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -136,7 +144,7 @@ Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch
                       int64_t first_token) {
     const Tensor ids = torch::stable::contiguous(sample_ids);
     const DrawSource source = source_of(ids, epoch, seed, stream, x.size(0));
-    return launched(x, strength, first_token, false, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
+    return launched(x, strength, first_token, {}, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
         using T = typename decltype(type)::type;
         const T* from = source_in<T>(prepared);
         T* to = target_in<T>(prepared);
@@ -170,14 +178,13 @@ Tensor salt_and_pepper(Tensor x, Tensor low, Tensor high, Tensor strength, Tenso
     const Tensor ids = torch::stable::contiguous(sample_ids);
     const DrawSource source = source_of(ids, epoch, seed, stream, x.size(0));
     const Extremes extremes = extremes_of(low, high, x.size(0), x.size(0) ? x.numel() / x.size(0) : 0);
-    return launched(x, strength, first_token, false, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
+    const Nature nature = {false, extremes.parts};
+    return launched(x, strength, first_token, nature, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
         using T = typename decltype(type)::type;
         const T* from = source_in<T>(prepared);
         T* to = target_in<T>(prepared);
         if (prepared.is_turned()) {
             const Turned turned = prepared.turned();
-            STD_TORCH_CHECK(extremes.parts == 1 || extremes.parts == turned.rows,
-                            "where the channels lie side by side, extremes are one for each of them, or one for all");
             const dim3 grid = blocks(turned.samples, turned.tasks());
             salt_and_pepper_turned_kernel<<<grid, kThreads, 0, queue>>>(from, to, turned, source, extremes);
         } else {
@@ -192,7 +199,7 @@ Tensor linear_mix(Tensor x, Tensor strength, bool optimal, int64_t group_size, i
                   bool) {
     STD_TORCH_CHECK(group_size >= 1, "group_size: at least 1");
     const MixPlan plan = MixPlan::of(x.size(0), group_size, transposed);
-    return launched(x, strength, first_token, true, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
+    return launched(x, strength, first_token, {true}, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
         using T = typename decltype(type)::type;
         const T* from = source_in<T>(prepared);
         T* to = target_in<T>(prepared);

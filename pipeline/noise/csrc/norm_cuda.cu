@@ -20,8 +20,9 @@ __global__ void __launch_bounds__(kWarpsInBlock* kWarp, 4)
     norm_gaussian_warp<DeviceLane>(warp_here(), work, source);
 }
 
+// Two rows in registers, and three blocks of it: with four some would be spilled.
 template <int Units, class T>
-__global__ void __launch_bounds__(kWarpsInBlock* kWarp, 4) norm_shift_kernel(NormForward<Units, T> work, Groups groups) {
+__global__ void __launch_bounds__(kWarpsInBlock* kWarp, 3) norm_shift_kernel(NormForward<Units, T> work, Groups groups) {
     norm_shift_warp(warp_here(), work, groups);
 }
 

@@ -80,6 +80,18 @@ struct alignas(16) Sixteen {
     uint32_t word[4];
 };
 
+// In PTX: nvcc takes an assignment to pieces where the words come from several branches, and then stores four times. It
+// may move reads over it: nothing that a kernel writes is read by it.
+NN_INLINE void store_sixteen(Sixteen* p, const Sixteen& v) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(p)), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]));
+#else
+    *p = v;
+#endif
+}
+
 template <class T>
 struct Unit {
     static constexpr int sixteens = kUnit * sizeof(T) / 16;
@@ -102,7 +114,7 @@ struct Unit {
     NN_INLINE void write(T* p, int count, bool aligned) const {
         if (aligned && count == kUnit) {
 #pragma unroll
-            for (int i = 0; i < sixteens; ++i) reinterpret_cast<Sixteen*>(p)[i] = sixteen[i];
+            for (int i = 0; i < sixteens; ++i) store_sixteen(reinterpret_cast<Sixteen*>(p) + i, sixteen[i]);
         } else {
 #pragma unroll
             for (int i = 0; i < kUnit; ++i)
