@@ -5,8 +5,12 @@ export NOISYNN_SAMPLES ?= $(abspath $(wildcard ../shared/data))
 # The user's own pictures for the demo: a folder with train/<class>/ and val/<class>/, or with <class>/ alone.
 DATA ?=
 PART ?=
+# Kernels are measured where there is no .venv: the smallest environment with a GPU has torch in its own Python.
+PYTHON_HERE := $(or $(wildcard $(PYTHON_VENV)),python3)
+KERNELS := $(MAKE) --silent -j4 -C pipeline/noise/csrc PYTHON=$(abspath $(or $(wildcard $(PYTHON_VENV)),$(shell command -v python3)))
+GPU_SECONDS := 540
 
-.PHONY: help setup demo test lint doctor gpu soak clean
+.PHONY: help setup demo test lint doctor bench gpu soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -26,13 +30,29 @@ lint: setup
 doctor: setup ## what is installed, what works, what to mend
 	@$(PYTHON_VENV) -m pipeline doctor
 
-gpu: ## what needs a GPU: PART=check (tests of the kernels) or PART=noise (their speed, into benchmarks/results)
-	@$(MAKE) --silent -C pipeline/noise/csrc PYTHON=$(abspath $(or $(wildcard $(PYTHON_VENV)),$(shell command -v python3)))
-	@case "$(PART)" in \
-	check) $(or $(wildcard $(PYTHON_VENV)),python3) -m pytest tests/gpu ;; \
-	noise) $(or $(wildcard $(PYTHON_VENV)),python3) -m benchmarks noise --device cuda --dtype bfloat16 --megabytes 1000 ;; \
-	*) echo "error: make gpu PART=check or PART=noise" >&2; exit 2 ;; \
-	esac
+bench: ## statistics of 10^9 draws, and each noise beside eager torch and torch.compile; on a GPU where there is one
+	@$(KERNELS)
+	@$(PYTHON_HERE) -m benchmarks draws
+	@$(PYTHON_HERE) -m benchmarks noise
+
+# One shell, since the build takes of the part's time. 124 is what `timeout` ends with.
+gpu: ## what needs a GPU, 9 minutes a part, the same command goes on: PART=check (tests), or noise, train, cifar (measured)
+	@case "$(PART)" in check|noise|train|cifar) ;; \
+	*) echo "error: make gpu PART=check, PART=noise, PART=train or PART=cifar" >&2; exit 2 ;; esac
+	@end=$$(($$(date +%s) + $(GPU_SECONDS))); status=0; \
+	$(KERNELS) || exit 2; \
+	run() { timeout --foreground $$((end - $$(date +%s))) $(PYTHON_HERE) "$$@" || status=$$?; }; \
+	measure() { run -m benchmarks $(PART) --device cuda --minutes $$(((end - $$(date +%s)) / 60)) "$$@"; }; \
+	case $(PART) in \
+	check) if $(PYTHON_HERE) -c "import pytest" 2>/dev/null; then run -m pytest tests/gpu; \
+		else echo "error: the tests did not run: pytest is missing, and '$(PYTHON_HERE) -m pip install pytest' installs it" >&2; \
+		status=2; fi; run tests/gpu/sanitize.py ;; \
+	noise) measure --dtype bfloat16 --megabytes 1000 ;; \
+	train) measure ;; \
+	cifar) measure $(if $(DATA),--data "$(DATA)") ;; \
+	esac; \
+	[ $$status != 124 ] || echo "cut off after $(GPU_SECONDS) s: the same command goes on where it stopped" >&2; \
+	exit $$status
 
 soak: setup ## the long counts: faults, kills and statistics that are too slow for `make test`
 	@$(PYTHON_VENV) -m pytest -m soak

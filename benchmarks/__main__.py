@@ -1,23 +1,70 @@
-"""python -m benchmarks loader | noise | shards"""
+"""python -m benchmarks loader | noise | draws | train | cifar | shards"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from importlib import import_module
+from typing import NamedTuple
+
+from benchmarks.options import parse_options
+
+
+class Question(NamedTuple):
+    """Imported when it is asked: the smallest GPU environment has not what all of them need."""
+
+    module: str
+    options: str
+    measure: str
+    what: str
+
 
 _QUESTIONS = {
-    "loader": "images/s of this project's readers beside the webdataset library",
-    "noise": "elements/s of each noise beside eager torch and a plain copy",
-    "shards": "data_prep beside plain writes, webdataset, FFCV's writer and tarfile",
+    "loader": Question(
+        "benchmarks.loader",
+        "LoaderOptions",
+        "measure_loaders",
+        "images/s of this project's readers beside the webdataset library",
+    ),
+    "noise": Question(
+        "benchmarks.noise",
+        "NoiseOptions",
+        "measure_noises",
+        "elements/s of each noise beside eager torch, torch.compile and a plain copy",
+    ),
+    "draws": Question(
+        "benchmarks.draws",
+        "DrawsOptions",
+        "measure_draws",
+        "whether a billion draws have the distribution that they should, and what they cost",
+    ),
+    "train": Question(
+        "benchmarks.gpu_train",
+        "TrainOptions",
+        "measure_training",
+        "images/s of whole training steps, with noise and without, beside timm's",
+    ),
+    "cifar": Question(
+        "benchmarks.cifar",
+        "CifarOptions",
+        "measure_cifar",
+        "accuracy on CIFAR-10 with noise and without, from scratch, several seeds",
+    ),
+    "shards": Question(
+        "benchmarks.shards",
+        "ShardsOptions",
+        "measure_shards",
+        "data_prep beside plain writes, webdataset, FFCV's writer and tarfile",
+    ),
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Answers one question; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Answers one question; returns the exit status: 0 done, 1 a test has failed, 2 bad input, 130 interrupted."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m benchmarks QUESTION [--help]\n")
-        print("\n".join(f"  {name:<8} {what}" for name, what in _QUESTIONS.items()))
+        print("\n".join(f"  {name:<8} {question.what}" for name, question in _QUESTIONS.items()))
         return 0 if arguments else 2
     if arguments[0] not in _QUESTIONS:
         print(f"error: no question {arguments[0]!r}; there are {', '.join(_QUESTIONS)}", file=sys.stderr)
@@ -25,35 +72,24 @@ def main(arguments: list[str]) -> int:
     # A scheduler's SIGTERM unwinds as an error does, so that temporary shards go.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        _answer(arguments[0], arguments[1:])
+        return _answer(arguments[0], arguments[1:])
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: what was not whole was not written", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("NOISYNN_TRACEBACK") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        mend = "; `make setup` installs it" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"error: {error}{mend}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _answer(question: str, arguments: list[str]) -> None:
-    import tyro
-
-    command = ["-m", "benchmarks", question, *arguments]
-    prog = f"python -m benchmarks {question}"
-    if question == "loader":
-        from benchmarks.loader import LoaderOptions, measure_loaders
-
-        measure_loaders(tyro.cli(LoaderOptions, prog=prog, args=arguments), command)
-    elif question == "shards":
-        from benchmarks.shards import ShardsOptions, measure_shards
-
-        measure_shards(tyro.cli(ShardsOptions, prog=prog, args=arguments), command)
-    else:
-        from benchmarks.noise import NoiseOptions, measure_noises
-
-        measure_noises(tyro.cli(NoiseOptions, prog=prog, args=arguments), command)
+def _answer(name: str, arguments: list[str]) -> int:
+    question = _QUESTIONS[name]
+    module = import_module(question.module)
+    options = parse_options(getattr(module, question.options), f"python -m benchmarks {name}", arguments)
+    rows = getattr(module, question.measure)(options, ["-m", "benchmarks", name, *arguments])
+    return int(any(getattr(row, "passed", True) is False for row in rows))
 
 
 if __name__ == "__main__":

@@ -372,9 +372,6 @@ def _tail_row(part: str, limit: int, count: int, n: int) -> Row:
     return Row(part, f"beyond {limit}", n, count, f"Poisson of {expected:.4g}", p_value)
 
 
-# ---- verdict ----
-
-
 def judge(rows: Sequence[Row]) -> list[Row]:
     """The rows of a family, with Holm's p-values: one that is below FAMILY_LEVEL has failed.
 

@@ -21,12 +21,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import psutil
 
 from data_prep.manifest import atomic_file
 from pipeline.parallel import snapshot_environment
@@ -98,6 +96,13 @@ class Row:
         spreads = {k: v._asdict() for k in self.__dict__ if isinstance(v := getattr(self, k), Spread)}
         return json.dumps(asdict(self) | spreads | circumstances, ensure_ascii=False)
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Row:
+        """Of a line of a results file, circumstances left out."""
+        own = {field.name: row[field.name] for field in fields(cls)}
+        spreads = {name: Spread(**value) for name, value in own.items() if isinstance(value, dict)}
+        return cls(**own | spreads | {"timings": tuple(Timing(**timing) for timing in own["timings"])})
+
 
 def _silent(what: str) -> None: ...
 
@@ -154,15 +159,20 @@ def cpu_seconds() -> float:
     """User and system time so far of this process, of children that ended, and of those that live.
 
     The kernel's own sum holds only children that were waited for, and a loader's workers outlive a round. Theirs is
-    counted in ticks of 10 ms.
+    counted in ticks of 10 ms, and read from /proc: kernels are measured where there is no psutil.
     """
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = time.process_time() + ended.ru_utime + ended.ru_stime
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            t = child.cpu_times()
-            total += t.user + t.system + t.children_user + t.children_system
-    return total
+    parents, ticks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that ended in between
+            # After the name, which may hold anything: state, parent, ..., own and waited-for ticks from the twelfth on.
+            fields = path.read_text().rpartition(")")[2].split()
+            process = int(path.parent.name)
+            parents[process], ticks[process] = int(fields[1]), sum(map(int, fields[11:15]))
+    below, children = 0, {os.getpid()}
+    while children := {process for process, parent in parents.items() if parent in children}:
+        below += sum(ticks[process] for process in children)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + below / os.sysconf("SC_CLK_TCK")
 
 
 def summarise(
@@ -186,13 +196,22 @@ def summarise(
             items_per_second=spread(rate),
             wall_seconds=spread([t.wall_seconds for t in own]),
             cpu_seconds_per_item=spread([t.cpu_seconds / t.items for t in own]),
-            ratio=spread([t.items_per_second / f.items_per_second for t, f in zip(own, first, strict=True)]),
+            ratio=_ratio(own, first),
             compared_with=contestants[0].name,
             gigabytes_per_second=None if moved is None else spread([r * moved / 1e9 for r in rate]),
             timings=tuple(own),
         )
         rows.append(row)
     return rows
+
+
+def ratio(one: Row, other: Row) -> Spread:
+    """Of items a second, one's to the other's, turn by turn; both of one part."""
+    return _ratio(one.timings, other.timings)
+
+
+def _ratio(one: Sequence[Timing], other: Sequence[Timing]) -> Spread:
+    return spread([t.items_per_second / o.items_per_second for t, o in zip(one, other, strict=True)])
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -280,23 +299,33 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def finish(rows: Sequence[Row], circumstances: dict[str, Any], path: Path) -> None:
     """Writes the rows, then prints a table for each part of the question."""
     append_rows(path, [row.to_json(circumstances) for row in rows])
-    for part in dict.fromkeys(row.part for row in rows):
-        _print_table([row for row in rows if row.part == part])
-    environment = circumstances["environment"]
-    print(f"n = {rows[0].n} rounds in turn after a warm-up; median (lowest to highest); ratio of rates, turn by turn")
-    print(f"{environment['cpu']}; {environment['device']}; load {circumstances['load_average_1_minute']:.1f} at start")
+    print_parts(rows)
+    print_circumstances(rows[0].n, circumstances)
     print(f"{len(rows)} rows, with versions, commit and command, added to {path}")
 
 
-def _print_table(rows: Sequence[Row]) -> None:
-    header, cells = _table(rows)
+def print_parts(rows: Sequence[Row]) -> None:
+    """A table for each part of the question."""
+    for part in dict.fromkeys(row.part for row in rows):
+        of_part = [row for row in rows if row.part == part]
+        print_table(f"{of_part[0].question}: {part}", *_table(of_part))
+
+
+def print_circumstances(rounds: int, circumstances: dict[str, Any]) -> None:
+    environment = circumstances["environment"]
+    print(f"n = {rounds} rounds in turn after a warm-up; median (lowest to highest); ratio of rates, turn by turn")
+    print(f"{environment['cpu']}; {environment['device']}; load {circumstances['load_average_1_minute']:.1f} at start")
+
+
+def print_table(title: str, header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """A table by rich, or plain lines. cells: a line for each row, as wide as the header."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:  # kernels are measured where it is not installed
-        print("\n".join(" | ".join(line) for line in ([f"{rows[0].question}: {rows[0].part}"], header, *cells)))
+        print("\n".join(" | ".join(line) for line in ([title], header, *cells)))
         return
-    table = Table(*header, title=f"{rows[0].question}: {rows[0].part}", title_justify="left")
+    table = Table(*header, title=title, title_justify="left")
     for line in cells:
         table.add_row(*line)
     # Off a terminal rich assumes 80 columns, and would break figures in two.
@@ -309,12 +338,12 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cpu, cpu_unit = _scaled([row.cpu_seconds_per_item for row in rows])
     columns: dict[str, list[str]] = {"contestant": [row.contestant for row in rows]}
     if any(t.items > 1 for row in rows for t in row.timings):
-        columns[f"{rows[0].unit}/s"] = [_text(row.items_per_second) for row in rows]
+        columns[f"{rows[0].unit}/s"] = [figures(row.items_per_second) for row in rows]
     columns[f"wall, {wall_unit} a round"] = wall
     columns[f"CPU, {cpu_unit} each"] = cpu
     if any(row.gigabytes_per_second for row in rows):
-        columns["GB/s"] = [_text(row.gigabytes_per_second) if row.gigabytes_per_second else "" for row in rows]
-    columns[f"rate over {rows[0].compared_with}'s"] = [_text(row.ratio) for row in rows]
+        columns["GB/s"] = [figures(row.gigabytes_per_second) if row.gigabytes_per_second else "" for row in rows]
+    columns[f"rate over {rows[0].compared_with}'s"] = [figures(row.ratio) for row in rows]
     return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
 
 
@@ -324,10 +353,11 @@ def _scaled(spreads: Sequence[Spread]) -> tuple[list[str], str]:
     factor, unit = next(
         (f, u) for f, u in ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns")) if most * f >= 1 or f == 1e9
     )
-    return [_text(Spread(*(value * factor for value in s))) for s in spreads], unit
+    return [figures(Spread(*(value * factor for value in s))) for s in spreads], unit
 
 
-def _text(value: Spread) -> str:
+def figures(value: Spread) -> str:
+    """A median, and in brackets the lowest and the highest."""
     return f"{_figure(value.median)} ({_figure(value.min)} to {_figure(value.max)})"
 
 
@@ -340,11 +370,13 @@ def _figure(value: float) -> str:
 
 @contextlib.contextmanager
 def status_line() -> Iterator[OnTurn]:
-    """Yields on_turn: shows what runs on a terminal's standard error, and nothing elsewhere."""
-    if not sys.stderr.isatty():
+    """Yields on_turn: shows what runs on a terminal's standard error; nothing elsewhere, and nothing without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        Console = None  # type: ignore[assignment,misc]
+    if Console is None or not sys.stderr.isatty():
         yield _silent
         return
-    from rich.console import Console
-
     with Console(stderr=True).status("starting") as status:
         yield status.update

@@ -1,41 +1,74 @@
-"""Elements a second of each noise, beside the torch expression a user would write (eager, and compiled) and a copy."""
+"""Elements a second of each noise, beside the torch expression a user would write (eager, and compiled) and a copy.
+
+Each part is a cell of cells.py: what a results file has of the same code, device and options is not measured again, so
+the same command goes on where a run was cut off. Where there is no GPU, what the GPU's code would cost is printed.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contestant, Row, check_output, circumstances_of, compare, finish, status_line, summarise
-from pipeline.noise import native, ops, reference
-from pipeline.noise.config import Kind, NoiseConfig
+from benchmarks import machine_code
+from benchmarks.cells import Cell, check_minutes, run_cells
+from benchmarks.harness import (
+    Agree,
+    Contestant,
+    OnTurn,
+    Row,
+    check_output,
+    circumstances_of,
+    compare,
+    figures,
+    print_circumstances,
+    print_parts,
+    print_table,
+    ratio,
+    status_line,
+    summarise,
+)
+from benchmarks.noise_contestants import (
+    GROUP,
+    IMAGE_SIDE,
+    STRENGTHS,
+    TOKENS,
+    WIDTH,
+    agree,
+    contestants_of,
+    image_contestants,
+    norm_contestants,
+)
+from benchmarks.training_step import DTYPES, chosen_device
+from pipeline.noise.config import Kind
 
-TOKENS, WIDTH = 197, 768  # ViT-B/16 at 224 pixels
-GROUP = 8
-IMAGE_SIDE, IMAGE_MEAN, IMAGE_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Bytes on the way over 4 bytes an element; 9.1 was the most seen, of the reference's 64-bit integer words.
 PEAK_OVER_INPUT = 12
-STD, PROBABILITY, ALPHA = 0.5, 0.05, 0.3
-STRENGTHS: dict[Kind, float | None] = {
-    "gaussian": STD,
-    "salt_and_pepper": PROBABILITY,
-    "circular_shift": ALPHA,
-    "optimal_q": None,
-}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHANNELS, SIDE = 256, 14  # of a ResNet's third stage
+NORMED: tuple[Kind, ...] = ("gaussian", "optimal_q")
+
+PartName = Literal[
+    "gaussian", "salt_and_pepper", "circular_shift", "optimal_q", "image_noise", "channels_last", "norm_noise", "model"
+]
+ON_GPU_ALONE = "model"
 
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """Elements/s and GB/s of each noise. The reference is the specification, not fast code."""
+    """Elements/s and GB/s of each noise. The reference is the specification, not fast code.
+
+    A part that the results file already has, of the same code, device and options, is not measured again: the same
+    command goes on where a run ended.
+    """
 
     megabytes: float = 64
     """Size of the input, 10^6 bytes, in whole groups of 8 samples of 197 tokens of 768; at least one group."""
@@ -44,6 +77,12 @@ class NoiseOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
+    parts: tuple[PartName, ...] = get_args(PartName)
+    """What to measure. `model` is a compiled step of ViT-S with noise at all its blocks, on a GPU alone."""
+    batch: int = 256
+    """Pictures of that step."""
+    minutes: float = 9.0
+    """No further part is begun that should not end by then."""
     note: str = ""
     """Kept in each row, such as `2 CPU cores, shared`."""
     output: Path | None = None
@@ -52,46 +91,139 @@ class NoiseOptions:
     def __post_init__(self) -> None:
         if not 0 < self.megabytes < math.inf:
             raise ValueError(f"--megabytes {self.megabytes}: a finite size above 0")
-        if self.rounds < 1:
-            raise ValueError(f"--rounds {self.rounds}: at least 1")
+        for name in ("rounds", "batch"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name} {value}: at least 1")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"--parts {' '.join(self.parts)}: name at least one part, and each once")
+        check_minutes(self.minutes)
 
 
-class Made(NamedTuple):
-    """What a contestant makes of `x`; draws of different generators agree only in distribution."""
+class Part(NamedTuple):
+    """A table of the question."""
 
-    noisy: Tensor
-    x: Tensor
-    random: bool
+    name: str
+    shape: tuple[int, ...]
+    contestants: Callable[[], list[Contestant]]
+    agree: Agree | None = agree
+    unit: str = "elements"
+    weight: float = 1  # what it costs in proportion to others: compiling, for the most part
 
 
-def measure_noises(options: NoiseOptions, command: Sequence[str]) -> list[Row]:
+def measure_noises(options: NoiseOptions, command: Sequence[str]) -> list[dict[str, Any]]:
     """Measures, writes and prints. Errors: ValueError naming the option, where it cannot run here."""
     path = check_output(options.output, "noise")
     circumstances = circumstances_of(command, options.note)
-    x = _input(options)
+    device = chosen_device(options.device)
+    if options.parts == (ON_GPU_ALONE,) and device.type == "cpu":
+        raise ValueError(f"--parts {ON_GPU_ALONE} is measured on a GPU alone, and torch sees none here")
+    _check_memory(options, device)
     conditions = {
-        "shape": list(x.shape),
-        "megabytes": x.numel() * x.element_size() / 1e6,
+        "megabytes": options.megabytes,
+        "rounds": options.rounds,
         "dtype": options.dtype,
-        "device": x.device.type,
+        "device": device.type,
         "threads": torch.get_num_threads(),
         "strengths": STRENGTHS,
         "group_size": GROUP,
         "allocator": _keep_freed_memory(),
-        "bytes_counted": "one read and one write of each element",
+        "bytes_counted": "one read and one write of each element; on a way back two reads and one write more",
     }
-    rows = []
     with status_line() as on_turn:
-        for kind in STRENGTHS:
-            contestants = _contestants(kind, x)
-            timings = compare(contestants, options.rounds, agree, on_turn)
-            rows += summarise("noise", kind, "elements", contestants, timings)
-        contestants = _image_contestants(options, x.device)
-        timings = compare(contestants, options.rounds, agree, on_turn)
-        rows += summarise("noise", "image_noise, gaussian", "elements", contestants, timings)
-    finish(rows, circumstances | {"conditions": conditions}, path)
+        cells = [
+            Cell(
+                part.name,
+                conditions | {"shape": list(part.shape)},
+                part.weight,
+                partial(_measure, part, options.rounds, on_turn),
+            )
+            for part in _parts(options, device)
+        ]
+        of_parts = run_cells("noise", cells, path, circumstances, options.minutes, on_turn)
+    rows = [row for of_part in of_parts.values() for row in of_part]
+    print_parts([Row.from_json(row) for row in rows])
+    _print_ratios([Row.from_json(row) for row in rows])
+    print_circumstances(options.rounds, circumstances)
+    print(f"rows with versions, commit and command in {path}")
     print("`reference` is the specification that kernels must meet, written to be plainly right; it is not fast code.")
+    if device.type == "cpu":
+        _print_machine_code(path, circumstances, options)
     return rows
+
+
+def _parts(options: NoiseOptions, device: torch.device) -> Iterator[Part]:
+    dtype = DTYPES[options.dtype]
+    tokens = (_samples(options), TOKENS, WIDTH)
+    channels = (tokens[0] * TOKENS * WIDTH // (CHANNELS * SIDE**2), CHANNELS, SIDE, SIDE)
+    pictures = max(GROUP, int(options.megabytes * 1e6) // (3 * IMAGE_SIDE**2 * dtype.itemsize))
+    filled = partial(_filled, dtype=dtype, device=device)
+
+    def of_kind(kind: Kind) -> list[Contestant]:
+        return contestants_of(kind, filled(tokens))
+
+    def norm(kind: Kind, backward: bool) -> list[Contestant]:
+        return norm_contestants(kind, filled(tokens), backward)
+
+    def last() -> list[Contestant]:
+        found = contestants_of("gaussian", filled(channels).to(memory_format=torch.channels_last))
+        return [contestant for contestant in found if contestant.name != "reference"]
+
+    def step() -> list[Contestant]:
+        from benchmarks.noise_step import step_contestants
+
+        return step_contestants(options.batch, device)
+
+    for kind in STRENGTHS:
+        if kind in options.parts:
+            yield Part(kind, tokens, partial(of_kind, kind))
+    if "image_noise" in options.parts:
+        shape = (pictures, 3, IMAGE_SIDE, IMAGE_SIDE)
+        yield Part("image_noise, gaussian", shape, partial(image_contestants, pictures, dtype, device))
+    if "channels_last" in options.parts:
+        yield Part("channels_last, gaussian", channels, last)
+    if "norm_noise" in options.parts:
+        for kind in NORMED:
+            yield Part(f"norm_noise, {kind}", tokens, partial(norm, kind, False))
+            yield Part(f"norm_noise, {kind}, and back", tokens, partial(norm, kind, True), weight=2)
+    if ON_GPU_ALONE in options.parts and device.type == "cuda":
+        shape = (options.batch, 3, IMAGE_SIDE, IMAGE_SIDE)
+        yield Part("model, forward and back", shape, step, agree=None, unit="images", weight=5)
+
+
+def _measure(part: Part, rounds: int, on_turn: OnTurn, marks: dict[str, Any]) -> list[str]:
+    contestants = part.contestants()
+    timings = compare(contestants, rounds, part.agree, lambda text: on_turn(f"{part.name}: {text}"))
+    torch.compiler.reset()
+    return [row.to_json(marks) for row in summarise("noise", part.name, part.unit, contestants, timings)]
+
+
+def _samples(options: NoiseOptions) -> int:
+    sample_bytes = TOKENS * WIDTH * DTYPES[options.dtype].itemsize
+    return max(GROUP, int(options.megabytes * 1e6) // sample_bytes // GROUP * GROUP)
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Standard normals."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+
+
+def _check_memory(options: NoiseOptions, device: torch.device) -> None:
+    needed = _samples(options) * TOKENS * WIDTH * 4 * PEAK_OVER_INPUT
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _available_memory()
+    if needed > free:
+        most = free / PEAK_OVER_INPUT * DTYPES[options.dtype].itemsize / 4 / 1e6
+        raise ValueError(
+            f"--megabytes {options.megabytes:g}: the reference takes up to {needed / 1e9:.1f} GB on the way and "
+            f"{free / 1e9:.1f} GB are free; give at most {most:.0f}"
+        )
+
+
+def _available_memory() -> int:
+    """Bytes, as the kernel reckons them: what is free, and what its caches would give up."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/meminfo has no MemAvailable: Linux has had it since 3.14")
 
 
 def _keep_freed_memory() -> str:
@@ -105,154 +237,42 @@ def _keep_freed_memory() -> str:
     return "freed memory is kept" if kept else "the system's: page faults included"
 
 
-def _input(options: NoiseOptions) -> Tensor:
-    """(B, 197, 768) of standard normals, B a multiple of the group."""
-    has_gpu = torch.cuda.is_available()
-    if options.device == "cuda" and not has_gpu:
-        raise ValueError("--device cuda: torch sees no GPU here; leave the option out to measure the CPU")
-    device = "cuda" if has_gpu and options.device != "cpu" else "cpu"
-    dtype = _DTYPES[options.dtype]
-    sample_bytes = TOKENS * WIDTH * dtype.itemsize
-    samples = max(GROUP, int(options.megabytes * 1e6) // sample_bytes // GROUP * GROUP)
-    needed = samples * TOKENS * WIDTH * 4 * PEAK_OVER_INPUT
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        most = free / PEAK_OVER_INPUT * dtype.itemsize / 4 / 1e6
-        raise ValueError(
-            f"--megabytes {options.megabytes:g}: the reference takes up to {needed / 1e9:.1f} GB on the way and "
-            f"{free / 1e9:.1f} GB are free; give at most {most:.0f}"
-        )
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(samples, TOKENS, WIDTH, generator=generator).to(device, dtype)
-
-
-def _contestants(kind: Kind, x: Tensor) -> list[Contestant]:
-    """Eager first: ratios are to what a user would write."""
-    config = NoiseConfig(kind=kind, strength=STRENGTHS[kind], site="blocks.11.attn", group_size=GROUP)
-    ids, epoch = torch.arange(len(x), device=x.device), torch.tensor(0, device=x.device)
-    eager, expression = EAGER[kind]
-    random = kind in ("gaussian", "salt_and_pepper")
-    target = torch.empty_like(x)
-    work: dict[str, tuple[Callable[[], Tensor], str]] = {
-        "eager": (partial(eager, x), expression),
-        "reference": (
-            partial(reference.apply_noise, x, config, ids, 0, epoch),
-            "pipeline/noise/reference.py: the specification, not fast code",
-        ),
-        "torch.compile": (partial(torch.compile(eager), x), f"torch.compile of {expression}"),
-        "operator": (
-            partial(ops.apply_noise, x, config, ids, 0, epoch),
-            f"pipeline/noise/ops.py, {'kernels' if native.is_loaded(x.device.type) else 'NO KERNELS: the reference'}",
-        ),
-        "clone": (x.clone, "x.clone(): into new memory, as all others"),
-        "copy": (partial(target.copy_, x), "target.copy_(x) into memory that is there already: the bound by bandwidth"),
-    }
-    return [
-        Contestant(
-            name=name,
-            round=partial(_round, run, x),
-            settings=settings,
-            output=None if name in ("clone", "copy") else partial(_made, run, x, random),
-            bytes_per_item=2 * x.element_size(),
-        )
-        for name, (run, settings) in work.items()
+def _print_ratios(rows: Sequence[Row]) -> None:
+    """The operator's rate over each of the others', turn by turn."""
+    parts = [part for part in dict.fromkeys(row.part for row in rows)]
+    by_name = {part: {row.contestant: row for row in rows if row.part == part} for part in parts}
+    parts = [part for part in parts if "operator" in by_name[part]]
+    others = [name for name in dict.fromkeys(row.contestant for row in rows if row.part in parts) if name != "operator"]
+    cells = [
+        [part, *(figures(ratio(own["operator"], own[name])) if name in own else "" for name in others)]
+        for part, own in ((part, by_name[part]) for part in parts)
     ]
+    if cells:
+        print_table("noise: the operator's rate over", ["part", *others], cells)
 
 
-def _image_contestants(options: NoiseOptions, device: torch.device) -> list[Contestant]:
-    """uint8 pictures of 224 pixels to the network's input: half mirrored, normalised, Gaussian noise."""
-    dtype = _DTYPES[options.dtype]
-    count = max(GROUP, int(options.megabytes * 1e6) // (3 * IMAGE_SIDE**2 * dtype.itemsize))
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, IMAGE_SIDE, IMAGE_SIDE, 3)
-    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
-    mean, std = (torch.tensor(value, device=device) for value in (IMAGE_MEAN, IMAGE_STD))
-    flip = torch.arange(count, device=device) % 2 == 0
-    config, ids, epoch = NoiseConfig(kind="gaussian", strength=STD), torch.arange(count, device=device), torch.tensor(0)
-
-    def chain(pictures: Tensor) -> Tensor:
-        x = pictures.permute(0, 3, 1, 2).float()
-        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-        x = (x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        return (x + torch.randn_like(x) * STD).to(dtype).contiguous()
-
-    plain = reference.image_noise(images, mean, std, NoiseConfig(), ids, 0, epoch, flip)
-    expression = "permute, float, flip, / 255, - mean, / std, + torch.randn_like(x) * s"
-    work: dict[str, tuple[Callable[[], Tensor], str]] = {
-        "eager": (partial(chain, images), expression),
-        "torch.compile": (partial(torch.compile(chain), images), f"torch.compile of {expression}"),
-        "operator": (
-            partial(ops.image_noise, images, mean, std, config, ids, 0, epoch, flip, dtype),
-            f"pipeline/noise/ops.py, {'kernels' if native.is_loaded(device.type) else 'NO KERNELS: the reference'}",
-        ),
-    }
-    return [
-        Contestant(
-            name=name,
-            round=partial(_round, run, plain),
-            settings=settings,
-            output=partial(_made, run, plain, True),
-            bytes_per_item=1 + dtype.itemsize,
-        )
-        for name, (run, settings) in work.items()
-    ]
+# ---- without a GPU ----
 
 
-@torch.no_grad()
-def _round(run: Callable[[], Tensor], x: Tensor) -> int:
-    run()
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return x.numel()
+def _print_machine_code(path: Path, circumstances: dict[str, Any], options: NoiseOptions) -> None:
+    """Prints, and keeps, what the GPU's code costs: in bfloat16, which GPUs train in."""
+    try:
+        library = hashlib.sha256(machine_code.LIBRARY.read_bytes()).hexdigest()[:16]
+        costs = machine_code.costs("bfloat16")
+    except (ValueError, FileNotFoundError) as error:
+        print(f"nothing on a GPU was measured, and its code was not looked at: {error}")
+        return
 
+    def row(marks: dict[str, Any]) -> list[str]:
+        return [json.dumps({"question": "noise", "part": "machine code"} | machine_code.record(costs) | marks)]
 
-@torch.no_grad()
-def _made(run: Callable[[], Tensor], x: Tensor, random: bool) -> Made:
-    return Made(run(), x, random)
-
-
-def agree(one: Made, other: Made) -> str | None:
-    """Linear noises agree entry by entry; drawn ones in mean and spread of what they add, to 3 % of that spread."""
-    a, b = one.noisy, other.noisy
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return f"{tuple(a.shape)} of {a.dtype} and {tuple(b.shape)} of {b.dtype}"
-    if not one.random:
-        # The two round in another order: 0.3 eps root mean square and 2.5 at most were seen, on standard normals.
-        difference, eps = a.float() - b.float(), torch.finfo(a.dtype).eps
-        typical, worst = difference.square().mean().sqrt().item(), difference.abs().max().item()
-        return None if typical <= eps and worst <= 16 * eps else f"{typical:.3g} apart, at most {worst:.3g}"
-    added_a, added_b = a.float() - one.x.float(), b.float() - other.x.float()
-    (std_a, mean_a), (std_b, mean_b) = torch.std_mean(added_a), torch.std_mean(added_b)
-    if max(abs(std_a - std_b), abs(mean_a - mean_b)) > 0.03 * max(std_a, std_b):
-        return f"one adds {mean_a:.4f} +- {std_a:.4f}, the other {mean_b:.4f} +- {std_b:.4f}"
-    return None
-
-
-def _gaussian(x: Tensor) -> Tensor:
-    return x + torch.randn_like(x) * STD
-
-
-def _salt_and_pepper(x: Tensor) -> Tensor:
-    low, high = x.view(-1, GROUP * TOKENS * WIDTH).aminmax(dim=1)
-    low, high = (extreme.repeat_interleave(GROUP)[:, None, None] for extreme in (low, high))
-    # float32 in any case: bfloat16's uniforms are multiples of 1/256, and 0.025 would become 7/256.
-    draw = torch.rand(x.shape, device=x.device)
-    return torch.where(draw < PROBABILITY / 2, high, torch.where(draw < PROBABILITY, low, x))
-
-
-def _circular_shift(x: Tensor) -> Tensor:
-    g = x.unflatten(0, (-1, GROUP))
-    return ((1 - ALPHA) * g + ALPHA * g.roll(-1, 1)).flatten(0, 1)
-
-
-def _optimal_q(x: Tensor) -> Tensor:
-    g = x.unflatten(0, (-1, GROUP))
-    return ((g + g.sum(1, keepdim=True)) / (GROUP + 1)).flatten(0, 1)
-
-
-EAGER: dict[Kind, tuple[Callable[[Tensor], Tensor], str]] = {
-    "gaussian": (_gaussian, "x + torch.randn_like(x) * s"),
-    "salt_and_pepper": (_salt_and_pepper, "torch.where on torch.rand(x.shape), extremes of each group by aminmax"),
-    "circular_shift": (_circular_shift, "(1 - a) * g + a * g.roll(-1, 1) on groups g"),
-    "optimal_q": (_optimal_q, "(g + g.sum(1, keepdim=True)) / (k + 1) on groups g"),
-}
+    run_cells(
+        "noise",
+        [Cell("machine code", {"library": library}, 1, row)],
+        path,
+        circumstances,
+        options.minutes,
+        lambda text: None,
+    )
+    machine_code.print_costs(costs)
+    print("Nothing on a GPU was measured: torch sees none here. These are counts of the code that was built for it.")

@@ -17,6 +17,7 @@ from twins import parquet_files, train_tar, val_twin
 
 REPOSITORY = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # CI runs `make test` itself, and test_demo.py runs what `make demo` does; the other is a server.
 RUN_ELSEWHERE = {"make demo", "make test", "tensorboard --logdir runs"}
@@ -77,6 +78,8 @@ def adapted(line: str, root: Path) -> list[str]:
     if words[2:4] == ["pipeline", "train"]:
         words = [word if word != "8" else "2" for word in words] + SMALL
         words.remove("--resume") if "--resume" in words else None
+    if words[2:4] == ["pipeline", "entropy"]:
+        words[-1] = "2"  # groups of ten would leave one of each class
     if words[2:4] == ["jobs", "kubernetes"]:
         words += ["--mount-path", f"{root}/data"]
     if words[2] == "benchmarks":
@@ -102,3 +105,11 @@ def test_every_command_runs(twin) -> None:
             assert "0 faults" in done.stdout
         if "slurm" in words:
             assert done.stdout.startswith("#!/bin/bash") and "#SBATCH --nodes=4" in done.stdout
+
+
+def test_its_python_runs() -> None:
+    blocks = PYTHON.findall((REPOSITORY / "README.md").read_text())
+    assert blocks
+    for code in blocks:
+        done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), f"{code}\n{done.stderr[-2000:]}"

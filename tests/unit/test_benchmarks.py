@@ -1,9 +1,14 @@
 """python -m benchmarks as a user runs it: small real runs of each question, and bad input."""
 
+import json
 import subprocess
 import sys
 import tarfile
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +16,18 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import loader, noise, samples
-from benchmarks.harness import read_rows
+from benchmarks import loader, machine_code, noise, noise_contestants, noise_step, samples
+from benchmarks.harness import Contestant, Row, Timing, read_rows, summarise
 from benchmarks.loader import Delivered
+from benchmarks.noise_contestants import agree
 from data_prep.beton import BetonOptions, write_beton
 from data_prep.distribute import ShardOptions, shard
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A question without options."""
+
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLASSES = ("ant", "bee", "cat")
@@ -53,7 +65,7 @@ def refused(capsys, *arguments) -> str:
     """Standard error of a command that ends with status 2."""
     try:
         status = command.main([str(word) for word in arguments])
-    except SystemExit as error:  # tyro's own
+    except SystemExit as error:
         status = error.code
     out, err = capsys.readouterr()
     assert (status, out) == (2, ""), (status, out, err)
@@ -107,35 +119,96 @@ def test_samples_are_sharded_where_no_manifest_is_given(source, tmp_path, monkey
     assert err == "the .beton reader is not measured: ffcv cannot be imported\n"
 
 
-def test_the_noises_are_measured(tmp_path, capsys):
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """torch.compile without a C++ compiler's seconds: the README's test has those."""
+    quick = partial(torch.compile, backend="aot_eager", dynamic=False)
+    monkeypatch.setattr(noise_contestants, "compiled", quick)
+
+
+KINDS = ("gaussian", "salt_and_pepper", "circular_shift", "optimal_q")
+
+
+def test_the_noises_are_measured_and_a_second_run_goes_on(tmp_path, capsys, quick_compiler, monkeypatch):
+    monkeypatch.setattr(machine_code, "costs", cache(machine_code.costs))  # seconds, twice
     output = tmp_path / "noise.jsonl"
     words = ["noise", "--megabytes", "1", "--rounds", "1", "--device", "cpu", "--output", str(output)]
-    assert command.main(words) == 0
+    assert command.main([*words, "--parts", *KINDS]) == 0
     text = capsys.readouterr().out
     assert "the specification" in text and "not fast code" in text
+    assert command.main(words) == 0
+    text = capsys.readouterr().out
+    assert "has 4 of 10 cells already" in text
+    assert all(f"noise: {kind}" in text for kind in KINDS)  # what is kept is shown again
     rows = read_rows(output)
-    kinds = ("gaussian", "salt_and_pepper", "circular_shift", "optimal_q")
+    last = rows.pop(4 * 6) if rows[4 * 6]["part"] == "machine code" else None
+    norms = [f"norm_noise, {kind}{way}" for kind in ("gaussian", "optimal_q") for way in ("", ", and back")]
     assert [(row["part"], row["contestant"]) for row in rows] == [
-        (kind, name) for kind in kinds for name in ("eager", "reference", "torch.compile", "operator", "clone", "copy")
-    ] + [("image_noise, gaussian", name) for name in ("eager", "torch.compile", "operator")]
+        (kind, name) for kind in KINDS for name in ("eager", "reference", "torch.compile", "operator", "clone", "copy")
+    ] + [("image_noise, gaussian", name) for name in ("eager", "torch.compile", "operator")] + [
+        ("channels_last, gaussian", name) for name in ("eager", "torch.compile", "operator", "clone", "copy")
+    ] + [(part, name) for part in norms for name in ("eager", "torch.compile", "operator", "LayerNorm alone")]
     assert rows[0]["conditions"]["shape"] == [8, 197, 768]
     for row in rows:
         rate, moved = row["items_per_second"]["median"], row["gigabytes_per_second"]["median"]
-        assert moved == pytest.approx((5e-9 if row["part"].startswith("image") else 8e-9) * rate)
+        bytes_moved = 5 if row["part"].startswith("image") else 20 if row["part"].endswith("back") else 8
+        assert moved == pytest.approx(1e-9 * bytes_moved * rate)
+    if last is not None:  # where there is no compiler for GPUs there is no code to count
+        assert {"gaussian", "optimal_q"} <= {kernel["kernel"] for kernel in last["kernels"]}
 
 
-@pytest.mark.parametrize("kind", noise.STRENGTHS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_eager_noises_do_the_references_work_and_another_strength_is_noticed(kind, dtype):
-    x = noise._input(noise.NoiseOptions(megabytes=1, dtype=dtype, device="cpu"))
-    contestants = {contestant.name: contestant for contestant in noise._contestants(kind, x)}
+def test_ratios_are_the_operators_turn_by_turn(capsys):
+    seconds = {"eager": (8.0, 4.0), "operator": (2.0, 2.0), "copy": (1.0, 1.0)}
+    contestants = [Contestant(name, lambda: 1, "") for name in seconds]
+    timings = [Timing(name, turn, 1, own[turn], 1.0) for turn in (0, 1) for name, own in seconds.items()]
+    rows = summarise("noise", "gaussian", "elements", contestants, timings)
+    noise._print_ratios([Row.from_json(json.loads(row.to_json({}))) for row in rows])
+    text = capsys.readouterr().out
+    assert "3 (2 to 4)" in text and "0.5 (0.5 to 0.5)" in text
+    noise._print_ratios(rows[:1])  # a part without an operator
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "channels_last"), [*((kind, False) for kind in KINDS), ("gaussian", True)])
+def test_eager_noises_do_the_references_work_and_another_strength_is_noticed(kind, dtype, channels_last):
+    x = noise._filled((16, 64, 14, 14) if channels_last else (8, 197, 768), dtype, torch.device("cpu"))
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    contestants = {contestant.name: contestant for contestant in noise_contestants.contestants_of(kind, x)}
     eager, reference, copy = (contestants[name] for name in ("eager", "reference", "copy"))
-    assert noise.agree(eager.output(), contestants["operator"].output()) is None
+    assert agree(eager.output(), contestants["operator"].output()) is None
     assert copy.output is None and eager.output is not None and reference.output is not None
     made = eager.output()
-    assert noise.agree(made, reference.output()) is None
+    assert agree(made, reference.output()) is None
     weaker = made._replace(noisy=x + 0.9 * (made.noisy - x))
-    assert noise.agree(made, weaker) is not None
+    assert agree(made, weaker) is not None
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kind", noise.NORMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_noise_is_compared_with_what_it_replaces(kind, dtype, backward, quick_compiler):
+    x = noise._filled((8, 197, 768), dtype, torch.device("cpu"))
+    by_name = {c.name: c for c in noise_contestants.norm_contestants(kind, x, backward)}
+    made = {name: contestant.output() for name, contestant in by_name.items() if contestant.output is not None}
+    assert list(made) == ["eager", "torch.compile", "operator"]
+    assert all(agree(one, other) is None for one, other in combinations(made.values(), 2))
+    one = made["operator"]
+    # Noise that is left out, or a gradient that is off by a hundredth, is another work.
+    other = one._replace(noisy=one.x if one.random else one.noisy * 1.1)
+    assert agree(made["eager"], other) is not None
+    assert by_name["LayerNorm alone"].round() == x.numel()
+
+
+def test_a_models_step_is_taken_with_noise_and_without(monkeypatch):
+    monkeypatch.setattr(noise_step, "STEPS", 2)
+    small = noise_step.step_contestants(8, torch.device("cpu"), "test_vit", compiled=False)
+    assert [contestant.name for contestant in small] == ["none", "gaussian", "optimal_q"]
+    for contestant in small:
+        assert contestant.round() == 16
+        step = contestant.round.func.__self__
+        assert step.steps_done == 2
+        assert len(step.injector.sites) == (0 if contestant.name == "none" else len(step.model.blocks))
 
 
 def test_loaders_that_differ_are_noticed():
@@ -161,6 +234,12 @@ def test_loaders_that_differ_are_noticed():
         (("noise", "--megabytes", "1e9"), "give at most"),
         (("noise", "--frobnicate", "1"), "--frobnicate"),
         (("noise", "--dtype", "int8"), "int8"),
+        (("noise", "--parts", "gaussian", "noise"), "--parts"),
+        (("noise", "--parts", "gaussian", "gaussian"), "each once"),
+        (("noise", "--parts", "model", "--device", "cpu"), "on a GPU alone"),
+        (("noise", "--minutes", "0"), "--minutes 0"),
+        (("noise", "--batch", "0"), "--batch 0"),
+        (("train", "--rounds", "0"), "--rounds 0"),
         (("loader",), "--manifest"),
         (("loader", "--batch", "0"), "--batch 0"),
         (("loader", "--image-size", "0"), "--image-size 0"),
@@ -198,6 +277,18 @@ def test_bad_data_is_refused(manifest, tmp_path, monkeypatch, capsys):
     tar.unlink()
     assert "train-000001.tar is missing" in refused(capsys, *small(copy / manifest.name, output))
     assert not output.exists()
+
+
+def test_the_status_says_what_happened(monkeypatch, capsys):
+    """1 where a test of draws has failed; a library that is missing is named."""
+    for name, passed in (("right", True), ("wrong", False)):
+        rows = [SimpleNamespace(passed=True), SimpleNamespace(passed=passed), {"no": "test"}]
+        module = SimpleNamespace(Options=Nothing, measure=lambda options, command, rows=rows: rows)
+        monkeypatch.setitem(sys.modules, f"a_question_{name}", module)
+        monkeypatch.setitem(command._QUESTIONS, name, command.Question(f"a_question_{name}", "Options", "measure", ""))
+    assert (command.main(["right"]), command.main(["wrong"])) == (0, 1)
+    monkeypatch.setitem(command._QUESTIONS, "odd", command.Question("no_such_library", "", "", ""))
+    assert refused(capsys, "odd") == "error: No module named 'no_such_library'; `make setup` installs it\n"
 
 
 def test_traceback_on_request(monkeypatch):

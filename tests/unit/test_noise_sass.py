@@ -65,6 +65,16 @@ def test_memory_moves_16_bytes_at_a_time(instructions):
             assert any(i.startswith(kind) and ".128" in i for i in counts), f"{name} has no 16-byte {kind}"
 
 
+def test_whole_units_are_not_taken_to_pieces(instructions):
+    """Of a 16-bit format all is stored by 16 bytes, or element by element at an edge: four bytes are a broken unit."""
+    pieces = {
+        name: counts["STG.E"]
+        for name, counts in instructions.items()
+        if counts["STG.E"] and ("BFloat16" in name or "4Half" in name) and "norm_" not in name
+    }
+    assert not pieces
+
+
 def test_no_registers_are_spilled_and_blocks_fit():
     text = dumped(LIBRARY, "-res-usage")
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
