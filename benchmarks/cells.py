@@ -55,15 +55,15 @@ def run_cells(
     path: Path,
     circumstances: dict[str, Any],
     minutes: float,
-    start: float,
     on_turn: OnTurn,
+    start: float | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Measures the cells that are not kept in `path` yet; returns the rows of each that now is, in order.
 
-    A cell is begun only where it should end within `minutes` of `start` (of time.monotonic), by what those before it
-    took; the first is begun in any case. circumstances: of `circumstances_of`.
+    A cell is begun only where it should end within `minutes` of `start` (of time.monotonic; None: of the call), by what
+    those before it took; the first is begun in any case. circumstances: of `circumstances_of`.
     """
-    seconds_a_weight = 0.0
+    start, seconds_a_weight = time.monotonic() if start is None else start, 0.0
     kept = {cell.name: rows for cell in cells if (rows := _kept(question, cell, path, circumstances))}
     left = [cell for cell in cells if cell.name not in kept]
     if kept:
