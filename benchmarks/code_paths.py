@@ -1,10 +1,11 @@
 """GPU machine code as instructions, loops, and the way that a warp takes through a kernel.
 
 A loop is what lies between a backward branch and its target, and of a loop one way through it is taken: the one with
-the most floating-point arithmetic, then the fewest calls, the most 16-byte loads and stores, the most instructions.
-That is the way of whole, aligned units with noise on all of them. A loop inside counts by what it does for one store,
-so that one that is unrolled is not preferred for that. Instructions under a predicate count: they take their place in
-the queue.
+the most floating-point arithmetic and the most rounds of Philox (nothing else takes the exclusive or of three words),
+then the fewest calls, the most 16-byte loads and stores, the fewest instructions. That is the way of whole, aligned
+units with noise on all of them; others also ask which elements it is for. A loop inside counts by what it does for one
+store, so that one that is unrolled is not preferred for that. Instructions under a predicate count: they take their
+place in the queue.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-_ARITHMETIC = ("FADD", "FMUL", "FFMA", "HADD2", "HMUL2", "HFMA2", "MUFU", "F2F", "I2F")
+_ARITHMETIC = ("FADD", "FMUL", "FFMA", "HADD2", "HMUL2", "HFMA2", "MUFU")
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # of an access, in bytes; 4 where none is named
 
 
@@ -28,6 +29,13 @@ class Instruction(NamedTuple):
     def width(self) -> int:
         """Bytes of a load or store."""
         return next((width for part in self.opcode.split(".") if (width := _WIDTHS.get(part))), 4)
+
+    @property
+    def is_arithmetic(self) -> bool:
+        # How a constant is loaded, and how integers are divided.
+        if (self.opcode.startswith("HFMA2") and "-RZ, RZ" in self.operands) or self.opcode == "MUFU.RCP":
+            return False
+        return self.opcode.startswith(_ARITHMETIC) or (self.opcode == "LOP3.LUT" and ", 0x96" in self.operands)
 
     @property
     def is_vector(self) -> bool:
@@ -149,7 +157,7 @@ def _body(head: int, latches: set[int], before: list[list[int]]) -> frozenset[in
     return frozenset(body)
 
 
-Rank = tuple[float, float, float, float]  # arithmetic, calls below 0, 16-byte loads and stores, instructions
+Rank = tuple[float, float, float, float]  # arithmetic, calls below 0, 16-byte loads and stores, instructions below 0
 
 
 def _sum(*ranks: Rank) -> Rank:
@@ -159,10 +167,10 @@ def _sum(*ranks: Rank) -> Rank:
 
 def _rank(code: Sequence[Instruction]) -> Rank:
     return (
-        sum(i.opcode.startswith(_ARITHMETIC) for i in code),
+        sum(i.is_arithmetic for i in code),
         -sum(i.opcode.startswith("CALL") for i in code),
         sum(i.is_vector for i in code),
-        len(code),
+        -len(code),
     )
 
 

@@ -78,8 +78,31 @@ def test_a_loop_costs_what_is_on_the_way_of_whole_units():
     # @P1 BRA, LDG, @!P2 BRA, IMAD, BRA.DIV, CALL, FFMA, @!P1 BRA, STG, @P5 BRA: 16 bytes are 8 elements.
     assert (cost.elements, cost.instructions) == (8, 10 / 8)
     assert cost.opcodes["BRA"] == 4 / 8 and "MUFU.RSQ" not in cost.opcodes and "SHFL.BFLY" not in cost.opcodes
-    assert cost.outside == 4  # LDC, @P0 EXIT, BRA, EXIT
+    assert cost.outside == 3  # LDC, @P0 EXIT, EXIT: the shortest way out of the loop
     assert cost.pipes == {"access": 1.0, "float": 3 / 8, "multiply": 2 / 8}
+
+
+def test_of_two_ways_with_the_same_arithmetic_the_shorter_is_taken():
+    """The longer asks which elements it is for. Constants and divisions of integers are no arithmetic of it."""
+    text = """
+                Function : {name}
+        /*0010*/                   LDG.E.128 R8, [R2.64] ;
+        /*0020*/              @!P1 BRA 0x90 ;
+        /*0030*/                   HFMA2.MMA R9, -RZ, RZ, 0, 0 ;
+        /*0040*/                   MUFU.RCP R9, R9 ;
+        /*0050*/                   LOP3.LUT R8, R9, R8, R7, 0x96, !PT ;
+        /*0060*/                   FFMA R8, R8, R9, R10 ;
+        /*0070*/                   STG.E.128 [R2.64], R8 ;
+        /*0080*/                   BRA 0xc0 ;
+        /*0090*/                   LOP3.LUT R8, R9, R8, R7, 0x96, !PT ;
+        /*00a0*/                   FFMA R8, R8, R9, R10 ;
+        /*00b0*/                   STG.E.128 [R2.64], R8 ;
+        /*00c0*/              @!P0 BRA 0x10 ;
+        /*00d0*/                   EXIT ;
+"""
+    kernel, code = program(text)
+    cost = cost_of(kernel, "sm_90", code)
+    assert cost.instructions == 6 / 8 and "MUFU.RCP" not in cost.opcodes
 
 
 def test_reading_loops_count_and_unrolled_ones_once():

@@ -9,16 +9,17 @@ import pytest
 from benchmarks.code_paths import functions
 from benchmarks.machine_code import LIBRARY, dumped
 
-# Kernels, and how many of each there are: by format, by the noise, by the width of a row, and by the way back.
+# Kernels, and how many of each there are: by format, by the noise, by whether rows fit its blocks, by a row's width, and
+# by the way back.
 KERNELS = {
     "15gaussian_kernel": 3,
     "salt_and_pepper_kernel": 3,
-    "gaussian_turned_kernel": 3,
-    "salt_and_pepper_turned_kernel": 3,
+    "gaussian_turned_kernel": 6,
+    "salt_and_pepper_turned_kernel": 6,
     "circular_shift_kernel": 3,
     "16optimal_q_kernel": 3,
     "optimal_q_held_kernel": 3,
-    "12image_kernel": 9,
+    "12image_kernel": 15,
     "image_shift_kernel": 3,
     "image_optimal_q_kernel": 3,
     "norm_gaussian_kernel": 6,

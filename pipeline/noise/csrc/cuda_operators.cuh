@@ -1,4 +1,4 @@
-// What the operators on a GPU share: the lane that a thread is, and reading arguments.
+// What the operators on a GPU share: reading arguments.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,31 +8,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "lane_gpu.h"
 #include "thread_bodies.h"
 
 namespace noisynn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// One lane with the special function unit's logarithm, root, sine and cosine: 2^-22 absolute for lg2, 2^-20.9 for the
-// angle's functions. They make 16-bit noise bound by memory; exact ones would take three times the instructions.
-struct DeviceLane : Scalar {
-    static constexpr bool has_fast_math = true;
-
-    static __device__ __forceinline__ F fast_radius(F u) {
-        float log2, root;
-        asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(u));
-        // lg2 of what is just below 1 may come out as above 0.
-        asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(fmaxf(-1.3862944f * log2, 0.0f)));
-        return root;
-    }
-    static __device__ __forceinline__ void fast_cosine_and_sine(U word, F& cosine, F& sine) {
-        const float angle = float(int32_t(word)) * 1.4629180792671596e-9f;  // 2 pi / 2^32, from -pi to pi
-        asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(angle));
-        asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(angle));
-    }
-};
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

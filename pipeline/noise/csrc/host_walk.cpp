@@ -1,6 +1,7 @@
 // The GPU's threads on the CPU, one after another: every (block, thread) of a launch runs the text that the GPU runs.
 // For tests alone (tests/unit/test_noise_threads.py), which call it by ctypes.
 #include "image_bodies.h"
+#include "lane_gpu.h"
 #include "norm_bodies.h"
 #include "turned_bodies.h"
 
@@ -77,14 +78,14 @@ void nn_mix_plan(int64_t samples, int64_t group_size, bool transposed, MixPlan* 
 
 void nn_walk_gaussian_noise(const Walk* w) {
     with_format(*w, [&](auto x, auto y) {
-        walk(*w, [&](const Place& place) { gaussian_thread<Scalar>(place, x, y, w->common, w->source); });
+        walk(*w, [&](const Place& place) { gaussian_thread<GpuLane>(place, x, y, w->common, w->source); });
     });
 }
 
 void nn_walk_salt_and_pepper(const Walk* w) {
     with_format(*w, [&](auto x, auto y) {
         walk(*w, [&](const Place& place) {
-            salt_and_pepper_thread<Scalar>(place, x, y, w->common, w->source, w->extremes);
+            salt_and_pepper_thread<GpuLane>(place, x, y, w->common, w->source, w->extremes);
         });
     });
 }
@@ -113,14 +114,22 @@ int64_t nn_turned_tasks(const Turned* turned) { return turned->tasks(); }
 
 void nn_walk_gaussian_turned(const TurnedWalk* w) {
     in_format(w->format, w->x, w->y, [&](auto x, auto y) {
-        walk(*w, [&](const Place& place) { gaussian_turned_thread<Scalar>(place, x, y, w->turned, w->source); });
+        walk(*w, [&](const Place& place) {
+            if (w->turned.fits_blocks())
+                gaussian_turned_thread<GpuLane, true>(place, x, y, w->turned, w->source);
+            else
+                gaussian_turned_thread<GpuLane, false>(place, x, y, w->turned, w->source);
+        });
     });
 }
 
 void nn_walk_salt_and_pepper_turned(const TurnedWalk* w) {
     in_format(w->format, w->x, w->y, [&](auto x, auto y) {
         walk(*w, [&](const Place& place) {
-            salt_and_pepper_turned_thread<Scalar>(place, x, y, w->turned, w->source, w->extremes);
+            if (w->turned.fits_blocks())
+                salt_and_pepper_turned_thread<GpuLane, true>(place, x, y, w->turned, w->source, w->extremes);
+            else
+                salt_and_pepper_turned_thread<GpuLane, false>(place, x, y, w->turned, w->source, w->extremes);
         });
     });
 }
@@ -128,14 +137,19 @@ void nn_walk_salt_and_pepper_turned(const TurnedWalk* w) {
 int64_t nn_image_tasks(const Pictures* pictures) { return pictures->tasks(); }
 
 void nn_walk_image(const ImageWalk* w) {
+    const bool fits = w->pictures.fits_blocks();
     in_format(w->format, w->y, w->y, [&](auto, auto y) {
         walk(*w, [&](const Place& place) {
             switch (ImageKind(w->kind)) {
-                case ImageKind::none: return image_thread<ImageKind::none, Scalar>(place, w->pictures, y, w->source);
+                case ImageKind::none:
+                    return image_thread<ImageKind::none, true, GpuLane>(place, w->pictures, y, w->source);
                 case ImageKind::gaussian:
-                    return image_thread<ImageKind::gaussian, Scalar>(place, w->pictures, y, w->source);
+                    if (fits) return image_thread<ImageKind::gaussian, true, GpuLane>(place, w->pictures, y, w->source);
+                    return image_thread<ImageKind::gaussian, false, GpuLane>(place, w->pictures, y, w->source);
                 case ImageKind::salt_and_pepper:
-                    return image_thread<ImageKind::salt_and_pepper, Scalar>(place, w->pictures, y, w->source);
+                    if (fits)
+                        return image_thread<ImageKind::salt_and_pepper, true, GpuLane>(place, w->pictures, y, w->source);
+                    return image_thread<ImageKind::salt_and_pepper, false, GpuLane>(place, w->pictures, y, w->source);
                 case ImageKind::circular_shift: return image_shift_thread(place, w->pictures, y, w->plan);
                 case ImageKind::optimal_q: return image_optimal_q_thread(place, w->pictures, y, w->plan);
             }
@@ -162,7 +176,7 @@ void nn_walk_norm(const NormWalk* w) {
         using T = std::remove_pointer_t<decltype(y)>;
         const NormForward<units, T> work = {x, y, w->means, w->scales, w->weight, w->bias, w->rows};
         for (uint32_t warp = 0; warp < w->warps; ++warp) {
-            if (w->way == 0) norm_gaussian_warp<Scalar>(WarpPlace{warp, w->warps}, work, w->source);
+            if (w->way == 0) norm_gaussian_warp<GpuLane>(WarpPlace{warp, w->warps}, work, w->source);
             if (w->way == 1) norm_shift_warp(WarpPlace{warp, w->warps}, work, groups);
             if (w->way == 2) norm_optimal_q_warp(WarpPlace{warp, w->warps}, work, groups);
         }

@@ -23,6 +23,8 @@ struct Pictures {
     NN_INLINE int64_t plane() const { return height * width; }
     NN_INLINE int64_t stretches() const { return whole(width, kStretch); }
     NN_INLINE int64_t tasks() const { return height * stretches(); }
+    // Every stretch begins with a block of Philox: `fits` of what a thread does.
+    NN_INLINE bool fits_blocks() const { return width % 4 == 0; }
 };
 
 // A level's normalised value is level * scale + bias.
@@ -47,13 +49,12 @@ struct Stretch {
     NN_INLINE int64_t pixel(const Pictures& pictures) const { return row * pictures.width + column; }
 };
 
-// The bytes of a stretch, in the order of the result or the other way round.
+// The bytes of a stretch, in the order of the result.
 struct Bytes {
     union {
         uint8_t level[kStretch * kChannels];
         Sixteen sixteen[kChannels];
     };
-    bool reversed;
 
     NN_INLINE void read(const Pictures& pictures, int64_t sample, const Stretch& at) {
         const bool mirrored = pictures.flip != nullptr && pictures.flip[sample];
@@ -61,24 +62,26 @@ struct Bytes {
         const uint8_t* from =
             pictures.pixels + ((sample * pictures.height + at.row) * pictures.width + column) * kChannels;
         if (pictures.aligned && at.count == kStretch) {
-            reversed = mirrored;
 #pragma unroll
             for (int i = 0; i < kChannels; ++i) sixteen[i] = reinterpret_cast<const Sixteen*>(from)[i];
+            if (mirrored) reverse();
             return;
         }
-        reversed = false;
 #pragma unroll
         for (int i = 0; i < kStretch; ++i)
-            if (i < at.count)
 #pragma unroll
-                for (int c = 0; c < kChannels; ++c)
-                    level[i * kChannels + c] = from[(mirrored ? at.count - 1 - i : i) * kChannels + c];
+            for (int c = 0; c < kChannels; ++c)
+                level[i * kChannels + c] = i < at.count ? from[(mirrored ? at.count - 1 - i : i) * kChannels + c] : 0;
     }
-    NN_INLINE float of(int pixel, int channel) const {
-        const uint8_t forwards = level[pixel * kChannels + channel];
-        const uint8_t backwards = level[(kStretch - 1 - pixel) * kChannels + channel];
-        return float(reversed ? backwards : forwards);
+    NN_INLINE void reverse() {
+        const Bytes forwards = *this;
+#pragma unroll
+        for (int i = 0; i < kStretch; ++i)
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c)
+                level[i * kChannels + c] = forwards.level[(kStretch - 1 - i) * kChannels + c];
     }
+    NN_INLINE float of(int pixel, int channel) const { return float(level[pixel * kChannels + channel]); }
 };
 
 // Eight pixels' values, channel by channel.
@@ -90,12 +93,14 @@ NN_INLINE void write_pixels(const Pictures& pictures, T* sample, int64_t pixel, 
         T* to = sample + pixel * kChannels;
 #pragma unroll
         for (int u = 0; u < kChannels; ++u) {
-            Unit<T> unit;
+            float in_order[kUnit];
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) {
                 const int place = u * kUnit + i;
-                store_one(&unit.value[i], values[place % kChannels][place / kChannels]);
+                in_order[i] = values[place % kChannels][place / kChannels];
             }
+            Unit<T> unit;
+            unit.from_floats(in_order);
             const int left = count * kChannels - u * kUnit;
             unit.write(to + u * kUnit, left < kUnit ? left : kUnit, pictures.aligned);
         }
@@ -104,8 +109,7 @@ NN_INLINE void write_pixels(const Pictures& pictures, T* sample, int64_t pixel, 
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
         Unit<T> unit;
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) store_one(&unit.value[i], values[c][i]);
+        unit.from_floats(values[c]);
         unit.write(sample + c * pictures.plane() + pixel, count, pictures.aligned);
     }
 }
@@ -139,34 +143,36 @@ NN_INLINE void for_stretches(const Place& place, const Pictures& pictures, int64
     });
 }
 
-template <ImageKind kind, class L>
-NN_INLINE void add_to_pixels(const Pictures& pictures, const Normalise& normalise, float std, Thresholds thresholds,
-                             const Draw& draw, int64_t pixel, Values& values) {
+template <ImageKind kind, bool fits, class L>
+NN_INLINE void add_to_pixels(const Pictures& pictures, const Normalise& normalise, float std, const Replaced& replaced,
+                             const Draw& draw, const RoundKeys& keys, int64_t pixel, Values& values) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
         const int64_t at = c * pictures.plane() + pixel;
         if constexpr (kind == ImageKind::gaussian) {
             float n[kUnit];
-            normals_at<L>(at, draw, n);
+            normals_at<L, fits>(at, draw, keys, n);
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) values[c][i] = fmaf(n[i], std, values[c][i]);
         } else {
             uint32_t words[kUnit];
-            words_at<L>(at, draw, words);
+            words_at<L, fits>(at, draw, keys, words);
             const float pepper = normalise.of(c, 0), salt = normalise.of(c, 255);
 #pragma unroll
-            for (int i = 0; i < kUnit; ++i)
-                if (words[i] < thresholds.either) values[c][i] = words[i] < thresholds.salt ? salt : pepper;
+            for (int i = 0; i < kUnit; ++i) values[c][i] = replaced.of(words[i], values[c][i], pepper, salt);
         }
     }
 }
 
 // Each sample on its own: none, Gaussian, salt-and-pepper.
-template <ImageKind kind, class L, class T>
+template <ImageKind kind, bool fits, class L, class T>
 NN_INLINE void image_thread(const Place& place, const Pictures& pictures, T* y, const DrawSource& source) {
     const Normalise normalise(pictures);
     const float std = float(*pictures.strength);
     const Thresholds thresholds = thresholds_of(*pictures.strength);
+    const bool on = kind == ImageKind::gaussian ? std != 0 : thresholds.either != 0;
+    const Replaced replaced(thresholds);
+    const RoundKeys keys = source.keys();
     for_stretches(place, pictures, pictures.samples, [&](int64_t sample, const Stretch& at) {
         Bytes bytes;
         bytes.read(pictures, sample, at);
@@ -176,8 +182,9 @@ NN_INLINE void image_thread(const Place& place, const Pictures& pictures, T* y, 
             for_values([&](int c, int i) { values[c][i] = normalise.of(c, bytes.of(half * kUnit + i, c)); });
             const int64_t pixel = at.pixel(pictures) + half * kUnit;
             if constexpr (kind != ImageKind::none)
-                if (std != 0)
-                    add_to_pixels<kind, L>(pictures, normalise, std, thresholds, source.of(sample), pixel, values);
+                if (on)
+                    add_to_pixels<kind, fits, L>(pictures, normalise, std, replaced, source.of(sample), keys, pixel,
+                                                 values);
             write_pixels(pictures, to, pixel, count, values);
         });
     });

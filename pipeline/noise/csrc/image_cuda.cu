@@ -12,10 +12,10 @@ __device__ __forceinline__ Place here() {
     return {blockIdx.x, blockIdx.y, threadIdx.x, gridDim.x, gridDim.y, blockDim.x};
 }
 
-template <ImageKind kind, class T>
+template <ImageKind kind, bool fits, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOnOne)
     image_kernel(Pictures pictures, T* __restrict__ y, DrawSource source) {
-    image_thread<kind, DeviceLane>(here(), pictures, y, source);
+    image_thread<kind, fits, GpuLane>(here(), pictures, y, source);
 }
 
 template <class T>
@@ -67,16 +67,20 @@ void image_noise(Tensor images, Tensor mean, Tensor std, Tensor flip, int64_t ki
     const Grid size = grid_of(is_linear ? plan.groups : samples, pictures.tasks());
     const dim3 grid(size.x, size.y);
     const cudaStream_t queue = queue_of(x);
+    const bool fits = pictures.fits_blocks();
     with_format(out, [&](auto type) {
         using T = typename decltype(type)::type;
         T* to = static_cast<T*>(out.mutable_data_ptr());
         switch (ImageKind(kind)) {
             case ImageKind::none:
-                return image_kernel<ImageKind::none><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+                return image_kernel<ImageKind::none, true><<<grid, kThreads, 0, queue>>>(pictures, to, source);
             case ImageKind::gaussian:
-                return image_kernel<ImageKind::gaussian><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+                if (fits) return image_kernel<ImageKind::gaussian, true><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+                return image_kernel<ImageKind::gaussian, false><<<grid, kThreads, 0, queue>>>(pictures, to, source);
             case ImageKind::salt_and_pepper:
-                return image_kernel<ImageKind::salt_and_pepper><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+                if (fits)
+                    return image_kernel<ImageKind::salt_and_pepper, true><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+                return image_kernel<ImageKind::salt_and_pepper, false><<<grid, kThreads, 0, queue>>>(pictures, to, source);
             case ImageKind::circular_shift:
                 return image_shift_kernel<<<grid, kThreads, 0, queue>>>(pictures, to, plan);
             case ImageKind::optimal_q:

@@ -20,14 +20,14 @@ __device__ __forceinline__ Place here() {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOnOne)
     gaussian_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, DrawSource source) {
-    gaussian_thread<DeviceLane>(here(), x, y, common, source);
+    gaussian_thread<GpuLane>(here(), x, y, common, source);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOnOne)
     salt_and_pepper_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, DrawSource source,
                            Extremes extremes) {
-    salt_and_pepper_thread<DeviceLane>(here(), x, y, common, source, extremes);
+    salt_and_pepper_thread<GpuLane>(here(), x, y, common, source, extremes);
 }
 
 template <class T>
@@ -48,17 +48,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfHeld)
     optimal_q_held_thread(here(), x, y, common, plan);
 }
 
-template <class T>
+template <bool fits, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfHeld)
     gaussian_turned_kernel(const T* __restrict__ x, T* __restrict__ y, Turned turned, DrawSource source) {
-    gaussian_turned_thread<DeviceLane>(here(), x, y, turned, source);
+    gaussian_turned_thread<GpuLane, fits>(here(), x, y, turned, source);
 }
 
-template <class T>
+template <bool fits, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfHeld)
     salt_and_pepper_turned_kernel(const T* __restrict__ x, T* __restrict__ y, Turned turned, DrawSource source,
                                   Extremes extremes) {
-    salt_and_pepper_turned_thread<DeviceLane>(here(), x, y, turned, source, extremes);
+    salt_and_pepper_turned_thread<GpuLane, fits>(here(), x, y, turned, source, extremes);
 }
 
 // x and its result on the device, and how they lie there: strides as they are where a kernel takes them, else those of a
@@ -151,7 +151,10 @@ Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch
         if (prepared.is_turned()) {
             const Turned turned = prepared.turned();
             const dim3 grid = blocks(turned.samples, turned.tasks());
-            gaussian_turned_kernel<<<grid, kThreads, 0, queue>>>(from, to, turned, source);
+            if (turned.fits_blocks())
+                gaussian_turned_kernel<true><<<grid, kThreads, 0, queue>>>(from, to, turned, source);
+            else
+                gaussian_turned_kernel<false><<<grid, kThreads, 0, queue>>>(from, to, turned, source);
         } else {
             const Common common = prepared.common();
             const dim3 grid = blocks(common.samples, whole(common.size, kUnit));
@@ -186,7 +189,10 @@ Tensor salt_and_pepper(Tensor x, Tensor low, Tensor high, Tensor strength, Tenso
         if (prepared.is_turned()) {
             const Turned turned = prepared.turned();
             const dim3 grid = blocks(turned.samples, turned.tasks());
-            salt_and_pepper_turned_kernel<<<grid, kThreads, 0, queue>>>(from, to, turned, source, extremes);
+            if (turned.fits_blocks())
+                salt_and_pepper_turned_kernel<true><<<grid, kThreads, 0, queue>>>(from, to, turned, source, extremes);
+            else
+                salt_and_pepper_turned_kernel<false><<<grid, kThreads, 0, queue>>>(from, to, turned, source, extremes);
         } else {
             const Common common = prepared.common();
             const dim3 grid = blocks(common.samples, whole(common.size, kUnit));

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "philox.h"
 
@@ -52,12 +53,16 @@ NN_INLINE void cosine_and_sine(typename L::U word, typename L::F& cosine, typena
     cosine = L::multiply(c, L::multiply_add(L::set(-4.0f), z, one));
 }
 
+// Fast lanes give sqrt(|lg2 u|): sqrt(-2 ln u) is this times as much.
+constexpr float kFastRadius = 1.1774100f;
+
 // Box-Muller: two words make two standard normals. Lanes with fast approximations of their own (the GPU's) use those.
 template <class L>
 NN_INLINE void normals(typename L::U first, typename L::U second, typename L::F& one, typename L::F& other) {
+    static_assert(std::is_same_v<decltype(L::multiply(one, other)), typename L::F>, "floats make a float");
     typename L::F radius;
     if constexpr (L::has_fast_math) {
-        radius = L::fast_radius(uniform<L>(first));
+        radius = L::multiply(L::set(kFastRadius), L::fast_radius(uniform<L>(first)));
         L::fast_cosine_and_sine(second, one, other);
     } else {
         radius = L::square_root(L::multiply(L::set(-2.0f), natural_log<L>(uniform<L>(first))));
@@ -65,6 +70,29 @@ NN_INLINE void normals(typename L::U first, typename L::U second, typename L::F&
     }
     one = L::multiply(radius, one);
     other = L::multiply(radius, other);
+}
+
+// What add_normals takes for `std`: what a radius is to be multiplied by, once for many draws.
+template <class L>
+NN_INLINE float spread_of(float std) {
+    return L::has_fast_math ? kFastRadius * std : std;
+}
+
+// std times two normals, added to x: fewer instructions than normals() and two sums.
+template <class L>
+NN_INLINE void add_normals(typename L::U first, typename L::U second, typename L::F spread, typename L::F& x,
+                           typename L::F& y) {
+    typename L::F one, other;
+    if constexpr (L::has_fast_math) {
+        const auto radius = L::multiply(spread, L::fast_radius(uniform<L>(first)));
+        L::fast_cosine_and_sine(second, one, other);
+        x = L::multiply_add(radius, one, x);
+        y = L::multiply_add(radius, other, y);
+    } else {
+        normals<L>(first, second, one, other);
+        x = L::multiply_add(one, spread, x);
+        y = L::multiply_add(other, spread, y);
+    }
 }
 
 // Salt-and-pepper on integers, so that all implementations take the same decision: a word below `salt` is salt, one

@@ -91,9 +91,8 @@ NN_INLINE void read_row(const Team& team, const T* p, uint32_t width, Row<Units>
     team.each([&](uint32_t lane) {
         for_parts<Units>(lane, width, [&](int unit, uint32_t at) {
             Unit<T> stored;
-            stored.read(p + at, kUnit, true);
-#pragma unroll
-            for (int j = 0; j < kUnit; ++j) row[lane].value[unit][j] = load_one(&stored.value[j]);
+            stored.read_whole(p + at);
+            stored.to_floats(row[lane].value[unit]);
         });
     });
 }
@@ -103,9 +102,8 @@ NN_INLINE void write_row(const Team& team, T* p, uint32_t width, Row<Units>& row
     team.each([&](uint32_t lane) {
         for_parts<Units>(lane, width, [&](int unit, uint32_t at) {
             Unit<T> stored;
-#pragma unroll
-            for (int j = 0; j < kUnit; ++j) store_one(&stored.value[j], row[lane].value[unit][j]);
-            stored.write(p + at, kUnit, true);
+            stored.from_floats(row[lane].value[unit]);
+            stored.write_whole(p + at);
         });
     });
 }
@@ -154,8 +152,8 @@ NN_INLINE Normal normalise(const Team& team, const Rows& rows, const float* weig
     team.each([&](uint32_t lane) {
         for_parts<Units>(lane, rows.width, [&](int unit, uint32_t at) {
             Unit<float> w, b;
-            w.read(weight + at, kUnit, true);
-            b.read(bias + at, kUnit, true);
+            w.read_whole(weight + at);
+            b.read_whole(bias + at);
 #pragma unroll
             for (int j = 0; j < kUnit; ++j) {
                 float& value = row[lane].value[unit][j];
@@ -192,7 +190,8 @@ template <class L, int Units, class T>
 NN_INLINE void norm_gaussian_warp(const WarpPlace& place, const NormForward<Units, T>& work, const DrawSource& source) {
     const Team team;
     const Rows& rows = work.rows;
-    const float std = float(*rows.strength);
+    const float std = float(*rows.strength), spread = spread_of<L>(std);
+    const RoundKeys keys = source.keys();
     for (uint32_t number = place.warp; number < rows.samples * rows.tokens; number += place.warps) {
         const uint32_t sample = number / rows.tokens, token = number - sample * rows.tokens;
         Row<Units> row;
@@ -202,16 +201,7 @@ NN_INLINE void norm_gaussian_warp(const WarpPlace& place, const NormForward<Unit
             const int64_t start = int64_t(token) * rows.width;
             team.each([&](uint32_t lane) {
                 for_parts<Units>(lane, rows.width, [&](int unit, uint32_t at) {
-                    uint32_t words[2][4];
-                    unit_words<L>(start + at, draw, words);
-#pragma unroll
-                    for (int j = 0; j < kUnit; j += 2) {
-                        float one, other;
-                        normals<L>(words[j / 4][j % 4], words[j / 4][j % 4 + 1], one, other);
-                        float* value = &row[lane].value[unit][j];
-                        value[0] = fmaf(one, std, value[0]);
-                        value[1] = fmaf(other, std, value[1]);
-                    }
+                    add_unit_normals<L>(uint32_t((start + at) / kUnit), draw, keys, spread, row[lane].value[unit]);
                 });
             });
         }
@@ -323,7 +313,7 @@ NN_INLINE void norm_row_back(const Team& team, const NormBackward<Units, T>& wor
     team.each([&](uint32_t lane) {
         for_parts<Units>(lane, width, [&](int unit, uint32_t at) {
             Unit<float> w;
-            w.read(work.weight + at, kUnit, true);
+            w.read_whole(work.weight + at);
 #pragma unroll
             for (int j = 0; j < kUnit; ++j) {
                 float &value = row[lane].value[unit][j], &g = gradient[lane].value[unit][j];

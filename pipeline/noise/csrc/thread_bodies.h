@@ -27,13 +27,18 @@ struct Grid {
 };
 
 constexpr uint32_t kThreads = 256, kMaxGridY = 65535, kMaxGridX = 1u << 20;
+constexpr int64_t kMostTasks = 4, kEnoughBlocks = 4096;
 
 NN_INLINE int64_t whole(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
-// For `tasks` of a thread on each of `rows` samples (or groups of samples).
+// For `tasks` on each of `rows` samples (or groups of samples): several a thread where that leaves blocks for every
+// multiprocessor many times over, for what a thread does before its first task costs as much as one.
 NN_INLINE Grid grid_of(int64_t rows, int64_t tasks) {
-    const int64_t blocks = whole(tasks, kThreads);
-    return {uint32_t(blocks < kMaxGridX ? blocks : kMaxGridX), uint32_t(rows < kMaxGridY ? rows : kMaxGridY)};
+    const uint32_t y = uint32_t(rows < kMaxGridY ? rows : kMaxGridY);
+    int64_t several = kMostTasks;
+    while (several > 1 && y * whole(tasks, kThreads * several) < kEnoughBlocks) several /= 2;
+    const int64_t blocks = whole(tasks, kThreads * several);
+    return {uint32_t(blocks < kMaxGridX ? blocks : kMaxGridX), y};
 }
 
 // visit(row, task)
@@ -73,6 +78,8 @@ struct DrawSource {
     NN_INLINE Draw of(int64_t sample) const {
         return {seed, uint32_t(*epoch), stream, uint64_t(sample_ids[sample])};
     }
+    // The same for all samples.
+    NN_INLINE RoundKeys keys() const { return RoundKeys({seed, uint32_t(*epoch), stream, 0}); }
 };
 
 // Sixteen bytes at a time, which a GPU moves in one instruction.
@@ -100,26 +107,40 @@ struct Unit {
         Sixteen sixteen[sixteens];
     };
 
-    // Whole and aligned: by 16 bytes. Otherwise one by one, as many as there are.
+    NN_INLINE void read_whole(const T* p) {
+#pragma unroll
+        for (int i = 0; i < sixteens; ++i) sixteen[i] = reinterpret_cast<const Sixteen*>(p)[i];
+    }
+    NN_INLINE void write_whole(T* p) const {
+#pragma unroll
+        for (int i = 0; i < sixteens; ++i) store_sixteen(reinterpret_cast<Sixteen*>(p) + i, sixteen[i]);
+    }
+    // Whole and aligned: by 16 bytes. Otherwise one by one, as many as there are; the rest are zeros.
     NN_INLINE void read(const T* p, int count, bool aligned) {
-        if (aligned && count == kUnit) {
+        if (aligned && count == kUnit) return read_whole(p);
 #pragma unroll
-            for (int i = 0; i < sixteens; ++i) sixteen[i] = reinterpret_cast<const Sixteen*>(p)[i];
-        } else {
-#pragma unroll
-            for (int i = 0; i < kUnit; ++i)
-                if (i < count) value[i] = p[i];
-        }
+        for (int i = 0; i < kUnit; ++i) value[i] = i < count ? p[i] : T{};
     }
     NN_INLINE void write(T* p, int count, bool aligned) const {
-        if (aligned && count == kUnit) {
+        if (aligned && count == kUnit) return write_whole(p);
 #pragma unroll
-            for (int i = 0; i < sixteens; ++i) store_sixteen(reinterpret_cast<Sixteen*>(p) + i, sixteen[i]);
-        } else {
+        for (int i = 0; i < kUnit; ++i)
+            if (i < count) p[i] = value[i];
+    }
+    NN_INLINE void to_floats(float (&out)[kUnit]) const {
 #pragma unroll
-            for (int i = 0; i < kUnit; ++i)
-                if (i < count) p[i] = value[i];
-        }
+        for (int i = 0; i < kUnit; i += 2) load_two(&value[i], out[i], out[i + 1]);
+    }
+    NN_INLINE void from_floats(const float (&values)[kUnit]) {
+#pragma unroll
+        for (int i = 0; i < kUnit; i += 2) store_two(&value[i], values[i], values[i + 1]);
+    }
+    // All but the first `spared`.
+    NN_INLINE void change(const float (&values)[kUnit], int64_t spared) {
+        if (spared == 0) return from_floats(values);
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i)
+            if (i >= spared) store_one(&value[i], values[i]);
     }
 };
 
@@ -133,67 +154,125 @@ NN_INLINE void for_units(const Place& place, int64_t rows, int64_t size, const V
 }
 
 template <class L>
-NN_INLINE void unit_words(int64_t at, const Draw& draw, uint32_t (&words)[2][4]) {
-    draw_words<L, 2>(uint32_t(at / 4), draw, RoundKeys(draw), words);
+NN_INLINE void unit_words(uint32_t unit, const Draw& draw, const RoundKeys& keys, uint32_t (&words)[2][4]) {
+    draw_words<L, 2>(2 * unit, draw, keys, words);
+}
+
+template <class L>
+NN_INLINE void add_unit_normals(uint32_t unit, const Draw& draw, const RoundKeys& keys, float spread, float* x) {
+    uint32_t words[2][4];
+    unit_words<L>(unit, draw, keys, words);
+#pragma unroll
+    for (int i = 0; i < kUnit; i += 2)
+        add_normals<L>(words[i / 4][i % 4], words[i / 4][i % 4 + 1], spread, x[i], x[i + 1]);
+}
+
+// make(a block's words, its four values) for Count blocks.
+template <class L, int Count, class V, class Make>
+NN_INLINE void draw_blocks(uint32_t block, const Draw& draw, const RoundKeys& keys, V* values, const Make& make) {
+#pragma unroll
+    for (int b = 0; b < Count; ++b) {
+        uint32_t words[1][4];
+        draw_words<L, 1>(block + b, draw, keys, words);
+        make(words[0], values + 4 * b);
+    }
 }
 
 // What make(one block's words, its four values) gives from place `at` of a sample on: four times Blocks values, wherever
-// `at` lies in its block.
-template <class L, int Blocks, class V, class Make>
-NN_INLINE void from_any_place(int64_t at, const Draw& draw, V (&out)[4 * Blocks], const Make& make) {
-    const uint32_t block = uint32_t(at / 4), shift = uint32_t(at % 4);
-    V all[4 * Blocks + 4] = {};
+// `at` lies in its block, or, where `fits` says so, at its beginning.
+template <class L, bool fits, int Blocks, class V, class Make>
+NN_INLINE void from_place(int64_t at, const Draw& draw, const RoundKeys& keys, V (&out)[4 * Blocks], const Make& make) {
+    const uint32_t block = uint32_t(at / 4);
+    if constexpr (fits) {
+        draw_blocks<L, Blocks>(block, draw, keys, out, make);
+    } else {
+        const uint32_t shift = uint32_t(at % 4);
+        V all[4 * Blocks + 4];
+        draw_blocks<L, Blocks + 1>(block, draw, keys, all, make);
+        // By constant places, for a GPU's registers have no others.
 #pragma unroll
-    for (int b = 0; b <= Blocks; ++b) {
-        if (b == Blocks && shift == 0) break;
-        uint32_t words[1][4];
-        draw_words<L, 1>(block + b, draw, RoundKeys(draw), words);
-        make(words[0], all + 4 * b);
+        for (int i = 0; i < 4 * Blocks + 3; ++i)
+            if (shift & 1) all[i] = all[i + 1];
+#pragma unroll
+        for (int i = 0; i < 4 * Blocks; ++i) out[i] = shift & 2 ? all[i + 2] : all[i];
     }
-    // By constant places, for a GPU's registers have no others.
-#pragma unroll
-    for (int i = 0; i < 4 * Blocks + 3; ++i)
-        if (shift & 1) all[i] = all[i + 1];
-#pragma unroll
-    for (int i = 0; i < 4 * Blocks; ++i) out[i] = shift & 2 ? all[i + 2] : all[i];
 }
 
-template <class L, int Count>
-NN_INLINE void normals_at(int64_t at, const Draw& draw, float (&out)[Count]) {
-    from_any_place<L, Count / 4>(at, draw, out, [](const uint32_t (&words)[4], float* four) {
+template <class L, bool fits, int Count>
+NN_INLINE void normals_at(int64_t at, const Draw& draw, const RoundKeys& keys, float (&out)[Count]) {
+    from_place<L, fits, Count / 4>(at, draw, keys, out, [](const uint32_t (&words)[4], float* four) {
         normals<L>(words[0], words[1], four[0], four[1]);
         normals<L>(words[2], words[3], four[2], four[3]);
     });
 }
 
-template <class L, int Count>
-NN_INLINE void words_at(int64_t at, const Draw& draw, uint32_t (&out)[Count]) {
-    from_any_place<L, Count / 4>(at, draw, out, [](const uint32_t (&words)[4], uint32_t* four) {
+template <class L, bool fits, int Count>
+NN_INLINE void words_at(int64_t at, const Draw& draw, const RoundKeys& keys, uint32_t (&out)[Count]) {
+    from_place<L, fits, Count / 4>(at, draw, keys, out, [](const uint32_t (&words)[4], uint32_t* four) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) four[i] = words[i];
     });
 }
 
-template <class L, class T>
-NN_INLINE void gaussian_thread(const Place& place, const T* x, T* y, const Common& common, const DrawSource& source) {
-    const float std = float(*common.strength);
-    for_units(place, common.samples, common.size, [&](int64_t sample, int64_t at, int count) {
-        Unit<T> unit;
-        unit.read(x + common.from(sample, at), count, common.aligned);
-        if (std != 0 && at + count > common.spared) {
-            uint32_t words[2][4];
-            unit_words<L>(at, source.of(sample), words);
-#pragma unroll
-            for (int i = 0; i < kUnit; i += 2) {
-                float one, other;
-                normals<L>(words[i / 4][i % 4], words[i / 4][i % 4 + 1], one, other);
-                if (at + i >= common.spared) store_one(&unit.value[i], fmaf(one, std, load_one(&unit.value[i])));
-                if (at + i + 1 >= common.spared)
-                    store_one(&unit.value[i + 1], fmaf(other, std, load_one(&unit.value[i + 1])));
+// Units of a sample that lie in memory as they are counted, are whole, aligned and not spared in part: nearly all. Of
+// them nothing is asked but their number.
+struct WholeUnits {
+    uint32_t first, count;
+
+    NN_INLINE WholeUnits(const Common& common, bool any) {
+        const int64_t begin = whole(common.spared, kUnit), end = common.size / kUnit;
+        first = uint32_t(begin);
+        count = any && common.aligned && common.row == common.size && end > begin ? uint32_t(end - begin) : 0;
+    }
+    NN_INLINE bool has(uint32_t unit) const { return unit - first < count; }
+};
+
+// whole(unit's floats, its number, sample, draw) for WholeUnits, careful(unit, its first element, sample, draw) for others.
+template <class T, class Whole, class Careful>
+NN_INLINE void for_drawn_units(const Place& place, const T* x, T* y, const Common& common, const DrawSource& source,
+                               const WholeUnits& easy, const Whole& change_whole, const Careful& change) {
+    const uint32_t units = uint32_t(whole(common.size, kUnit));  // up to 2^31
+    for (int64_t sample = place.block_y; sample < common.samples; sample += place.grid_y) {
+        const Draw draw = source.of(sample);
+        const T* from = x + sample * common.x_sample;
+        T* to = y + sample * common.y_sample;
+        for (uint32_t unit = uint32_t(place.first_task()); unit < units; unit += uint32_t(place.task_step())) {
+            const int64_t at = int64_t(unit) * kUnit;
+            Unit<T> own;
+            if (easy.has(unit)) {
+                own.read_whole(from + at);
+                float values[kUnit];
+                own.to_floats(values);
+                change_whole(values, unit, sample, draw);
+                own.from_floats(values);
+                own.write_whole(to + at);
+            } else {
+                const int64_t left = common.size - at;
+                const int count = int(left < kUnit ? left : kUnit);
+                own.read(x + common.from(sample, at), count, common.aligned);
+                if (at + count > common.spared) change(own, at, sample, draw);
+                own.write(to + at, count, common.aligned);
             }
         }
-        unit.write(y + common.to(sample, at), count, common.aligned);
-    });
+    }
+}
+
+template <class L, class T>
+NN_INLINE void gaussian_thread(const Place& place, const T* x, T* y, const Common& common, const DrawSource& source) {
+    const float std = float(*common.strength), spread = spread_of<L>(std);
+    const RoundKeys keys = source.keys();
+    for_drawn_units(
+        place, x, y, common, source, WholeUnits(common, std != 0),
+        [&](float (&values)[kUnit], uint32_t unit, int64_t, const Draw& draw) {
+            add_unit_normals<L>(unit, draw, keys, spread, values);
+        },
+        [&](Unit<T>& unit, int64_t at, int64_t, const Draw& draw) {
+            if (std == 0) return;
+            float values[kUnit];
+            unit.to_floats(values);
+            add_unit_normals<L>(uint32_t(at / kUnit), draw, keys, spread, values);
+            unit.change(values, at < common.spared ? common.spared - at : 0);
+        });
 }
 
 // Of each of `parts` equal parts of each sample (its channels, say): (samples, parts) each. Where there are several, a
@@ -204,33 +283,53 @@ struct Extremes {
     uint32_t part_size;
 };
 
+// The thresholds in 32 bits, where something is replaced at all: what is replaced is up to `last`, and of it salt what is
+// below `salt`.
+struct Replaced {
+    uint32_t salt, last;
+
+    explicit NN_INLINE Replaced(const Thresholds& thresholds)
+        : salt(uint32_t(thresholds.salt)), last(uint32_t(thresholds.either - 1)) {}
+    NN_INLINE float of(uint32_t word, float x, float low, float high) const {
+        return word > last ? x : word < salt ? high : low;
+    }
+};
+
 template <class L, class T>
 NN_INLINE void salt_and_pepper_thread(const Place& place, const T* x, T* y, const Common& common,
                                       const DrawSource& source, const Extremes& extremes) {
     const Thresholds thresholds = thresholds_of(*common.strength);
-    for_units(place, common.samples, common.size, [&](int64_t sample, int64_t at, int count) {
-        Unit<T> unit;
-        unit.read(x + common.from(sample, at), count, common.aligned);
-        if (thresholds.either != 0 && at + count > common.spared) {
+    const Replaced replaced(thresholds);
+    const RoundKeys keys = source.keys();
+    for_drawn_units(
+        place, x, y, common, source, WholeUnits(common, thresholds.either != 0 && extremes.parts == 1),
+        [&](float (&values)[kUnit], uint32_t unit, int64_t sample, const Draw& draw) {
             uint32_t words[2][4];
-            unit_words<L>(at, source.of(sample), words);
+            unit_words<L>(unit, draw, keys, words);
+            const float low = float(extremes.low[sample]), high = float(extremes.high[sample]);
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) values[i] = replaced.of(words[i / 4][i % 4], values[i], low, high);
+        },
+        [&](Unit<T>& unit, int64_t at, int64_t sample, const Draw& draw) {
+            if (thresholds.either == 0) return;
+            uint32_t words[2][4];
+            unit_words<L>(uint32_t(at / kUnit), draw, keys, words);
             // A unit lies in one part, or across the border of two.
             const uint32_t part = extremes.parts == 1 ? 0 : uint32_t(at) / extremes.part_size;
             const int64_t border = extremes.parts == 1 ? common.size : (int64_t(part) + 1) * extremes.part_size;
             const int64_t entry = sample * extremes.parts + part, next = border < common.size ? entry + 1 : entry;
             const float low[2] = {float(extremes.low[entry]), float(extremes.low[next])};
             const float high[2] = {float(extremes.high[entry]), float(extremes.high[next])};
+            float values[kUnit];
+            unit.to_floats(values);
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) {
-                const uint32_t word = words[i / 4][i % 4];
                 const bool behind = at + i >= border;
-                const float salt = behind ? high[1] : high[0], pepper = behind ? low[1] : low[0];
-                if (word < thresholds.either && i < count && at + i >= common.spared)
-                    store_one(&unit.value[i], word < thresholds.salt ? salt : pepper);
+                values[i] = replaced.of(words[i / 4][i % 4], values[i], behind ? low[1] : low[0],
+                                        behind ? high[1] : high[0]);
             }
-        }
-        unit.write(y + common.to(sample, at), count, common.aligned);
-    });
+            unit.change(values, at < common.spared ? common.spared - at : 0);
+        });
 }
 
 struct MixPlan {
@@ -276,11 +375,11 @@ NN_INLINE void circular_shift_thread(const Place& place, const T* x, T* y, const
                 next = head;
             Unit<T> out = row;
             if (k > 1 && alpha != 0) {
+                float own[kUnit], other[kUnit];
+                row.to_floats(own), next.to_floats(other);
 #pragma unroll
-                for (int j = 0; j < kUnit; ++j) {
-                    const float own = load_one(&row.value[j]), difference = load_one(&next.value[j]) - own;
-                    if (j >= spared) store_one(&out.value[j], fmaf(alpha, difference, own));
-                }
+                for (int j = 0; j < kUnit; ++j) own[j] = fmaf(alpha, other[j] - own[j], own[j]);
+                out.change(own, spared);
             }
             out.write(to, count, common.aligned);
             to += step * common.y_sample;
@@ -291,17 +390,23 @@ NN_INLINE void circular_shift_thread(const Place& place, const T* x, T* y, const
 
 // (x + the sum over its group) * scale, but for what is spared.
 template <class T>
-NN_INLINE void mix_optimally(Unit<T>& row, const float (&sums)[kUnit], float scale, int count, int64_t spared) {
+NN_INLINE void mix_optimally(Unit<T>& row, const float (&sums)[kUnit], float scale, int64_t spared) {
+    float values[kUnit];
+    row.to_floats(values);
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j)
-        if (j >= spared && j < count) store_one(&row.value[j], (load_one(&row.value[j]) + sums[j]) * scale);
+    for (int j = 0; j < kUnit; ++j) values[j] = (values[j] + sums[j]) * scale;
+    row.change(values, spared);
 }
 
 template <class T>
-NN_INLINE void add_row(float (&sums)[kUnit], const Unit<T>& row, bool is_first, int count) {
+NN_INLINE void add_row(float (&sums)[kUnit], const Unit<T>& row) {
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j)
-        if (j < count) sums[j] = is_first ? load_one(&row.value[j]) : sums[j] + load_one(&row.value[j]);
+    for (int j = 0; j < kUnit; j += 2) {
+        float one, other;
+        load_two(&row.value[j], one, other);
+        sums[j] += one;
+        sums[j + 1] += other;
+    }
 }
 
 // Rows that a thread holds in registers: more of them do not fit beside their sums in 128.
@@ -323,11 +428,11 @@ NN_INLINE void optimal_q_held_thread(const Place& place, const T* x, T* y, const
             if (i < k) rows[i].read(from + i * common.x_sample, count, common.aligned);
 #pragma unroll
         for (int i = 0; i < kHeld<T>; ++i)
-            if (i < k) add_row(sums, rows[i], i == 0, count);
+            if (i < k) add_row(sums, rows[i]);
 #pragma unroll
         for (int i = 0; i < kHeld<T>; ++i)
             if (i < k) {
-                if (k > 1 && on) mix_optimally(rows[i], sums, scale, count, spared);
+                if (k > 1 && on) mix_optimally(rows[i], sums, scale, spared);
                 rows[i].write(to + i * common.y_sample, count, common.aligned);
             }
     });
@@ -347,13 +452,13 @@ NN_INLINE void optimal_q_thread(const Place& place, const T* x, T* y, const Comm
 #pragma unroll 4
             for (int64_t i = 0; i < k; ++i) {
                 row.read(from + i * common.x_sample, count, common.aligned);
-                add_row(sums, row, i == 0, count);
+                add_row(sums, row);
             }
         }
 #pragma unroll 4
         for (int64_t i = 0; i < k; ++i) {
             row.read(from + i * common.x_sample, count, common.aligned);
-            if (k > 1 && on) mix_optimally(row, sums, scale, count, spared);
+            if (k > 1 && on) mix_optimally(row, sums, scale, spared);
             row.write(to + i * common.y_sample, count, common.aligned);
         }
     });
