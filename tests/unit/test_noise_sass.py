@@ -9,8 +9,8 @@ import pytest
 from benchmarks.code_paths import functions
 from benchmarks.machine_code import LIBRARY, dumped
 
-# Kernels, and how many of each there are: by format, by the noise, by whether rows fit its blocks, by a row's width, and
-# by the way back.
+# Kernels, and how many of each there are: by format, by the noise, by whether rows fit its blocks, by a row's width, by
+# the way back.
 KERNELS = {
     "15gaussian_kernel": 3,
     "salt_and_pepper_kernel": 3,
