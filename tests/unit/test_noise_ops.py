@@ -229,6 +229,20 @@ def test_what_lies_between_a_slice_s_rows_is_not_written(config):
 
 
 @ALL_KINDS
+@pytest.mark.parametrize("shape", [(16, 65, 8192), (16, 67, 8191)], ids=str)
+@pytest.mark.parametrize(("dtype", "first_token"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 1)])
+def test_large_results_go_past_the_caches_and_are_the_same(config, shape, dtype, first_token):
+    """A part is below the 32 MB from which on they do."""
+    x = batch(shape, torch.float32).to(dtype)
+    x = torch.cat((x, x)) if dtype == torch.bfloat16 else x
+    assert x.numel() * x.element_size() >= 1 << 25
+    found = ops.apply_noise(x, config, ids_of(x), 7, EPOCH, first_token)
+    parts = zip(x.split(4), ids_of(x).split(4), strict=True)
+    expected = torch.cat([ops.apply_noise(part, config, ids, 7, EPOCH, first_token) for part, ids in parts])
+    assert torch.equal(found, expected)
+
+
+@ALL_KINDS
 def test_threads_change_nothing(config):
     x = batch((6, 3, 20000))
     threads = torch.get_num_threads()

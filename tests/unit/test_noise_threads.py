@@ -158,6 +158,37 @@ def check(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, bound: f
     assert (found == expected).float().mean() > 0.97 or x.dtype == torch.float32
 
 
+def of_words(call, words: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(len(words), dtype=torch.float32)
+    call(ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(len(words)), ctypes.c_void_p(out.data_ptr()))
+    return out
+
+
+def some_words() -> torch.Tensor:
+    """uint32 (2^20,): both ends, each power of two and its neighbours, and drawn ones."""
+    powers = [(1 << bit) + step for bit in range(32) for step in (-1, 0, 1)]
+    drawn = reference.random_words((1 << 20) - len(powers), torch.tensor([1]), 0, EPOCH, STREAM)[0]
+    return torch.cat((torch.tensor(powers), drawn)).clamp(0, 0xFFFFFFFF).to(torch.uint32)
+
+
+def test_uniforms_are_within_2_units_of_the_reference_s(library):
+    words = some_words()
+    expected = reference.uniforms(words.to(torch.int64))
+    difference = (of_words(library.nn_uniforms, words) - expected).abs()
+    unit = torch.nextafter(expected, torch.full_like(expected, 2.0)) - expected
+    assert (difference <= 2 * unit).all()
+    assert (difference == 0).all()  # as it happens: the product is exact, so both round the word and the sum
+
+
+def test_normals_are_within_the_bound_of_the_reference_s(library):
+    """Without the GPU's approximations, of which tests/gpu states the bound: what stands around them."""
+    words = some_words()
+    found = of_words(library.nn_normals, words)
+    expected = reference.normals(words.to(torch.int64))
+    assert torch.isfinite(found).all()
+    assert (found - expected).abs().max() < 4e-6
+
+
 @CASES
 def test_gaussian_noise(library, shape, dtype, first_token, small_grid):
     x = batch(shape, dtype)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include "lanes_avx512.h"
@@ -22,7 +23,7 @@ constexpr int kSteps = 2;  // vectors of blocks at once
 // A call for each 64 elements would load all constants anew.
 #define NN_ALWAYS_INLINE __attribute__((always_inline))
 
-constexpr int64_t kMixChunk = 1024;  // elements of each sample: 4 KB of sums, and the rows stay in cache for the second pass
+constexpr int64_t kMixChunk = 256;  // elements of each sample: the sums and a group's rows stay near for the second pass
 constexpr double kTwoPi = 6.283185307179586;
 
 template <class T>
@@ -39,6 +40,28 @@ void with_format(Format format, const Call& call) {
         case Format::float64: return call(Type<double>{});
     }
 }
+
+template <bool streams, class L, class T>
+NN_INLINE void put(T* p, typename L::F v) {
+    if constexpr (streams)
+        L::stream(p, v);
+    else
+        L::store(p, v);
+}
+
+// run(std::true_type) where vectors from `first` on may be streamed and are to be; then waits for them.
+template <class T, class Run>
+NN_INLINE void with_streams(bool wanted, const T* first, const Run& run) {
+    if (wanted && reinterpret_cast<uintptr_t>(first) % (Lanes::width * sizeof(T)) == 0) {
+        run(std::true_type{});
+        Lanes::fence();
+    } else {
+        run(std::false_type{});
+    }
+}
+
+// The first element from `begin` on that begins a block.
+constexpr int64_t at_block(int64_t begin) { return (begin + 3) / 4 * 4; }
 
 // Calls wide(block) for whole vectors of blocks and one(block, first word, last word) for what is left at either end.
 template <class Wide, class One>
@@ -74,8 +97,8 @@ NN_INLINE void block_normals(uint32_t block, const Draw& draw, const RoundKeys& 
     }
 }
 
-template <class T>
-void gaussian_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, float std) {
+template <bool streams, class T>
+void gaussian_part(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, float std) {
     const RoundKeys keys(draw);
     for_blocks(
         begin, end,
@@ -84,7 +107,8 @@ void gaussian_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw
             block_normals<Lanes>(uint32_t(block), draw, keys, n);
             for (int j = 0; j < 4 * kSteps; ++j) {
                 const int64_t at = 4 * block + j * Lanes::width;
-                Lanes::store(y + at, Lanes::multiply_add(n[j / 4][j % 4], Lanes::set(std), Lanes::load(x + at)));
+                put<streams, Lanes>(y + at,
+                                    Lanes::multiply_add(n[j / 4][j % 4], Lanes::set(std), Lanes::load(x + at)));
             }
         },
         [&](int64_t block, int64_t first, int64_t last) {
@@ -95,7 +119,13 @@ void gaussian_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw
         });
 }
 
-void gaussian_row(const double* x, double* y, int64_t begin, int64_t end, const Draw& draw, double std) {
+template <class T>
+void gaussian_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, float std, bool streams) {
+    with_streams(streams, y + at_block(begin),
+                 [&](auto yes) { gaussian_part<yes.value>(x, y, begin, end, draw, std); });
+}
+
+void gaussian_row(const double* x, double* y, int64_t begin, int64_t end, const Draw& draw, double std, bool) {
     const RoundKeys keys(draw);
     for (int64_t at = begin; at < end; ++at) {
         uint32_t words[1][4];
@@ -107,8 +137,8 @@ void gaussian_row(const double* x, double* y, int64_t begin, int64_t end, const 
     }
 }
 
-template <class T, class F>
-void salt_and_pepper_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, Thresholds t, F low, F high) {
+template <bool streams, class T, class F>
+void salt_and_pepper_part(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, Thresholds t, F low, F high) {
     const RoundKeys keys(draw);
     for_blocks(
         begin, end,
@@ -121,7 +151,7 @@ void salt_and_pepper_row(const T* x, T* y, int64_t begin, int64_t end, const Dra
                 for (int j = 0; j < 4 * kSteps; ++j) {
                     const int64_t at = 4 * block + j * Lanes::width;
                     const auto kept = Lanes::select_below(words[j / 4][j % 4], t.either, pepper, Lanes::load(x + at));
-                    Lanes::store(y + at, Lanes::select_below(words[j / 4][j % 4], t.salt, salt, kept));
+                    put<streams, Lanes>(y + at, Lanes::select_below(words[j / 4][j % 4], t.salt, salt, kept));
                 }
             } else {
                 for (int64_t b = block; b < block + kSteps * Lanes::width; ++b) {
@@ -148,8 +178,15 @@ void salt_and_pepper_row(const T* x, T* y, int64_t begin, int64_t end, const Dra
         });
 }
 
+template <class T, class F>
+void salt_and_pepper_row(const T* x, T* y, int64_t begin, int64_t end, const Draw& draw, Thresholds t, F low, F high,
+                         bool streams) {
+    with_streams(streams && !std::is_same_v<T, double>, y + at_block(begin),
+                 [&](auto yes) { salt_and_pepper_part<yes.value>(x, y, begin, end, draw, t, low, high); });
+}
+
 // (x_i + sum_j x_j) / (k + 1): symmetric, so it is its own transpose. The sum runs over the samples in their order.
-template <class T>
+template <bool streams, class T>
 void optimal_q(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
     alignas(64) float sums[kMixChunk];
     const float scale = 1.0f / float(mix.samples + 1);
@@ -167,13 +204,13 @@ void optimal_q(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
         for_elements(0, end - begin, [&](auto lanes, int64_t at) {
             using L = decltype(lanes);
             const auto sum = L::add(L::load(row + at), L::load(sums + at));
-            L::store(out + at, L::multiply(sum, L::set(scale)));
+            put<streams, L>(out + at, L::multiply(sum, L::set(scale)));
         });
     }
 }
 
 // x_i + alpha (x_other - x_i), the other being the next sample of the ring; in the transpose the one before.
-template <class T>
+template <bool streams, class T>
 void circular_shift(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix) {
     for (int64_t i = 0; i < mix.samples; ++i) {
         const int64_t other = (i + (mix.transposed ? mix.samples - 1 : 1)) % mix.samples;
@@ -183,11 +220,12 @@ void circular_shift(const T* x, T* y, int64_t begin, int64_t end, const Mix& mix
             using L = decltype(lanes);
             const auto own = L::load(row + at);
             const auto difference = L::subtract(L::load(other_row + at), own);
-            L::store(out + at, L::multiply_add(L::set(float(mix.alpha)), difference, own));
+            put<streams, L>(out + at, L::multiply_add(L::set(float(mix.alpha)), difference, own));
         });
     }
 }
 
+template <bool>
 void optimal_q(const double* x, double* y, int64_t begin, int64_t end, const Mix& mix) {
     for (int64_t at = begin; at < end; ++at) {
         double sum = 0;
@@ -197,6 +235,7 @@ void optimal_q(const double* x, double* y, int64_t begin, int64_t end, const Mix
     }
 }
 
+template <bool>
 void circular_shift(const double* x, double* y, int64_t begin, int64_t end, const Mix& mix) {
     for (int64_t i = 0; i < mix.samples; ++i) {
         const int64_t other = (i + (mix.transposed ? mix.samples - 1 : 1)) % mix.samples;
@@ -259,30 +298,37 @@ constexpr RowKernels<F> row_kernels() {
 extern const Kernels NN_TABLE;
 const Kernels NN_TABLE = {
     NN_NAME,
-    [](Format format, const void* x, void* y, int64_t begin, int64_t end, const Draw& draw, double std) {
+    [](Format format, const void* x, void* y, int64_t begin, int64_t end, const Draw& draw, double std, bool streams) {
         with_format(format, [&](auto type) {
             using T = typename decltype(type)::type;
-            gaussian_row(static_cast<const T*>(x), static_cast<T*>(y), begin, end, draw, std);
+            gaussian_row(static_cast<const T*>(x), static_cast<T*>(y), begin, end, draw, std, streams);
         });
     },
     [](Format format, const void* x, void* y, int64_t begin, int64_t end, const Draw& draw, Thresholds t, double low,
-       double high) {
+       double high, bool streams) {
         with_format(format, [&](auto type) {
             using T = typename decltype(type)::type;
             using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
-            salt_and_pepper_row(static_cast<const T*>(x), static_cast<T*>(y), begin, end, draw, t, F(low), F(high));
+            salt_and_pepper_row(static_cast<const T*>(x), static_cast<T*>(y), begin, end, draw, t, F(low), F(high),
+                                streams);
         });
     },
     [](Format format, const void* x, void* y, int64_t begin, int64_t end, const Mix& mix) {
         with_format(format, [&](auto type) {
             using T = typename decltype(type)::type;
-            for (int64_t at = begin; at < end; at += kMixChunk) {
-                const int64_t stop = std::min(end, at + kMixChunk);
-                if (mix.optimal)
-                    optimal_q(static_cast<const T*>(x), static_cast<T*>(y), at, stop, mix);
-                else
-                    circular_shift(static_cast<const T*>(x), static_cast<T*>(y), at, stop, mix);
-            }
+            const T* from = static_cast<const T*>(x);
+            T* to = static_cast<T*>(y);
+            // From one row to the next, too: all of them must begin alike.
+            const bool streams = mix.streams && mix.y_stride % Lanes::width == 0 && !std::is_same_v<T, double>;
+            with_streams(streams, to + begin, [&](auto yes) {
+                for (int64_t at = begin; at < end; at += kMixChunk) {
+                    const int64_t stop = std::min(end, at + kMixChunk);
+                    if (mix.optimal)
+                        optimal_q<yes.value>(from, to, at, stop, mix);
+                    else
+                        circular_shift<yes.value>(from, to, at, stop, mix);
+                }
+            });
         });
     },
     [](int64_t* out, int64_t begin, int64_t end, const Draw& draw) {

@@ -16,6 +16,7 @@ struct Mix {
     bool optimal;                // optimal Q; else circular shift
     bool transposed;             // for the backward pass
     double alpha;                // of the circular shift
+    bool streams = false;        // as in Kernels
 };
 
 // What LayerNorm needs of a row, and leaves of it for the way back. F: float, or double for float64.
@@ -38,11 +39,14 @@ struct RowKernels {
 };
 
 // Each works on elements [begin, end) of a sample (of each sample of a group), counted from where x and y point to.
+// streams: the result goes to memory past the caches, where it can: half the traffic, for it need not be read first, but
+// whoever takes it next reads it from memory.
 struct Kernels {
     const char* name;
-    void (*gaussian_noise)(Format, const void* x, void* y, int64_t begin, int64_t end, const Draw&, double std);
+    void (*gaussian_noise)(Format, const void* x, void* y, int64_t begin, int64_t end, const Draw&, double std,
+                           bool streams);
     void (*salt_and_pepper)(Format, const void* x, void* y, int64_t begin, int64_t end, const Draw&, Thresholds,
-                            double low, double high);
+                            double low, double high, bool streams);
     void (*linear_mix)(Format, const void* x, void* y, int64_t begin, int64_t end, const Mix&);
     void (*random_words)(int64_t* words, int64_t begin, int64_t end, const Draw&);
     RowKernels<float> rows;          // of all formats but float64

@@ -16,6 +16,8 @@
 namespace noisynn {
 
 constexpr int64_t kChunk = 1 << 14;  // elements of one task: some 10 us of work, and a whole number of vectors
+// A result of so many bytes does not stay in a processor's caches for whoever takes it next, so it goes past them.
+constexpr int64_t kStreamed = 1 << 25;
 constexpr int64_t kTile = 1 << 16;   // elements that are brought into order at a time: 256 KB of floats
 
 // Elements [begin, end) of `samples` samples.
@@ -24,6 +26,7 @@ struct Task {
     const char* x;  // where element 0 of sample `first` is, or would be
     char* y;
     int64_t x_stride, y_stride;  // to the next sample, in elements
+    bool streams;                // as in Kernels
 
     const char* x_of(int64_t sample, int64_t bytes) const { return x + (sample - first) * x_stride * bytes; }
     char* y_of(int64_t sample, int64_t bytes) const { return y + (sample - first) * y_stride * bytes; }
@@ -65,12 +68,13 @@ inline void with_size(int64_t bytes, const Bytes& run) {
 template <class Work>
 void run_flat(const Layout& layout, int64_t group, int64_t bytes, const char* x, char* y, const Work& work) {
     const int64_t chunks = (layout.size + kChunk - 1) / kChunk, groups = (layout.samples + group - 1) / group;
+    const bool streams = layout.samples * layout.size * bytes >= kStreamed;
     torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t from, int64_t to) {
         for (int64_t number = from; number < to; ++number) {
             const int64_t first = number / chunks * group, begin = number % chunks * kChunk;
             work(Task{first, std::min(group, layout.samples - first), begin, std::min(layout.size, begin + kChunk),
                       x + first * layout.from.sample * bytes, y + first * layout.to.sample * bytes,
-                      layout.from.sample, layout.to.sample});
+                      layout.from.sample, layout.to.sample, streams});
         }
     });
 }
@@ -99,7 +103,7 @@ void run_tiled(const Layout& layout, int64_t group, int64_t bytes, const char* x
                                [&](const E& value, int64_t place) { ordered[i * size + place] = value; });
             });
             work(Task{first, samples, begin, begin + size, origin(memory.data(), begin, bytes),
-                      origin(result, begin, bytes), size, size});
+                      origin(result, begin, bytes), size, size, false});
             with_size(bytes, [&](auto element) {
                 using E = decltype(element);
                 const E* ordered = reinterpret_cast<const E*>(result);

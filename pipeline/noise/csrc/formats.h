@@ -93,6 +93,11 @@ struct OneLane : Scalar {
     static NN_INLINE void store(T* p, F v) {
         store_one(p, v);
     }
+    template <class T>
+    static NN_INLINE void stream(T* p, F v) {
+        store_one(p, v);
+    }
+    static NN_INLINE void fence() {}
 };
 
 }  // namespace noisynn

@@ -157,6 +157,15 @@ void nn_walk_image(const ImageWalk* w) {
     });
 }
 
+// The uniforms of words, and the normals of pairs of them, as a GPU's lane makes them.
+void nn_uniforms(const uint32_t* words, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = uniform<GpuLane>(words[i]);
+}
+
+void nn_normals(const uint32_t* words, int64_t count, float* out) {
+    for (int64_t i = 0; i + 1 < count; i += 2) normals<GpuLane>(words[i], words[i + 1], out[i], out[i + 1]);
+}
+
 struct NormWalk {
     int32_t format, way;  // way: 0 Gaussian (plain on the way back), 1 circular shift, 2 optimal Q
     uint32_t warps;

@@ -67,11 +67,12 @@ void add_noise(const Noise& noise, const Pictures& pictures, const Draw& draw, f
         const int64_t first = channel * plane_size + begin;
         float* row = origin(planes + channel * count, first, sizeof(float));
         if (noise.kind == Kind::gaussian)
-            kernels().gaussian_noise(Format::float32, row, row, first, first + count, draw, noise.strength);
+            kernels().gaussian_noise(Format::float32, row, row, first, first + count, draw, noise.strength,
+                                     false);
         else
             kernels().salt_and_pepper(Format::float32, row, row, first, first + count, draw,
                                       thresholds_of(noise.strength), pictures.normalised(channel, 0),
-                                      pictures.normalised(channel, 255));
+                                      pictures.normalised(channel, 255), false);
     }
 }
 

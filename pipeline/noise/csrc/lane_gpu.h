@@ -1,6 +1,8 @@
 // The lane that a GPU's thread is. On the CPU, where the tests walk the threads, exact functions stand in for its fast ones.
 #pragma once
 
+#include <type_traits>
+
 #include "lanes_scalar.h"
 
 namespace noisynn {
@@ -42,5 +44,7 @@ struct GpuLane : Scalar {
 #endif
     }
 };
+// A product of integers must not hide that of floats: the compiler would convert them without a word.
+static_assert(std::is_same_v<decltype(GpuLane::multiply(1.0f, 1.0f)), float>);
 
 }  // namespace noisynn

@@ -70,21 +70,31 @@ struct Avx2 {
     }
 
     static NN_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
-    static NN_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
     static NN_INLINE F load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-    static NN_INLINE void store(Half* p, F v) {
-        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    }
     static NN_INLINE F load(const BFloat16* p) {
         return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
     }
-    static NN_INLINE void store(BFloat16* p, F v) {
+    static NN_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+    template <class T>
+    static NN_INLINE void store(T* p, F v) {
+        _mm_storeu_si128((__m128i*)p, narrow(p, v));
+    }
+    // Past the caches, p at a multiple of the vector; other cores see it after fence().
+    static NN_INLINE void stream(float* p, F v) { _mm256_stream_ps(p, v); }
+    template <class T>
+    static NN_INLINE void stream(T* p, F v) {
+        _mm_stream_si128((__m128i*)p, narrow(p, v));
+    }
+    static NN_INLINE void fence() { _mm_sfence(); }
+
+private:
+    static NN_INLINE __m128i narrow(const Half*, F v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+    static NN_INLINE __m128i narrow(const BFloat16*, F v) {
         const U b = bits(v), odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
         const U rounded = _mm256_srli_epi32(_mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
         const U nan = bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
         const U out = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
-        const U packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0x08);
-        _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+        return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0x08));
     }
 };
 

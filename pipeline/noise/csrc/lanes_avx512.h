@@ -66,23 +66,33 @@ struct Avx512 {
     }
 
     static NN_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-    static NN_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
     static NN_INLINE F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-    static NN_INLINE void store(Half* p, F v) {
-        _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
     static NN_INLINE F load(const BFloat16* p) {
         return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
     }
-    static NN_INLINE void store(BFloat16* p, F v) {
+    static NN_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+    template <class T>
+    static NN_INLINE void store(T* p, F v) {
+        _mm256_storeu_si256((__m256i*)p, narrow(p, v));
+    }
+    // Past the caches, p at a multiple of the vector; other cores see it after fence().
+    static NN_INLINE void stream(float* p, F v) { _mm512_stream_ps(p, v); }
+    template <class T>
+    static NN_INLINE void stream(T* p, F v) {
+        _mm256_stream_si256((__m256i*)p, narrow(p, v));
+    }
+    static NN_INLINE void fence() { _mm_sfence(); }
+
+private:
+    static NN_INLINE __m256i narrow(const Half*, F v) {
+        return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    static NN_INLINE __m256i narrow(const BFloat16*, F v) {
         const U b = bits(v), odd = _mm512_and_epi32(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
         const U rounded = _mm512_srli_epi32(_mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
         const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        const U out = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7FC0));
-        _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(out));
+        return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7FC0)));
     }
-
-private:
     static NN_INLINE F pair_low(F a, F b) {
         return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
     }

@@ -54,7 +54,8 @@ Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch
     return mapped(x, first_token, 1, false, [&](const Task& task) {
         const int64_t start = std == 0 ? task.end : std::clamp(spared, task.begin, task.end);
         task.copy_until(start, bytes);
-        kernels().gaussian_noise(format, task.x, task.y, start, task.end, draws.of(task.first), std);
+        kernels().gaussian_noise(format, task.x, task.y, start, task.end, draws.of(task.first), std,
+                                 task.streams);
     });
 }
 
@@ -79,7 +80,7 @@ Tensor salt_and_pepper(Tensor x, Tensor low, Tensor high, Tensor strength, Tenso
             const int64_t part = at / part_size, stop = std::min(task.end, (part + 1) * part_size);
             const int64_t entry = task.first * parts + part;
             kernels().salt_and_pepper(format, task.x, task.y, at, stop, draws.of(task.first), thresholds, lows[entry],
-                                      highs[entry]);
+                                      highs[entry], task.streams);
             at = stop;
         }
     });
@@ -95,7 +96,7 @@ Tensor linear_mix(Tensor x, Tensor strength, bool optimal, int64_t group_size, i
         const bool mixes = task.samples > 1 && alpha != 0;
         const int64_t start = mixes ? std::clamp(spared, task.begin, task.end) : task.end;
         task.copy_until(start, bytes);
-        const Mix mix = {task.samples, task.x_stride, task.y_stride, optimal, transposed, alpha};
+        const Mix mix = {task.samples, task.x_stride, task.y_stride, optimal, transposed, alpha, task.streams};
         if (mixes) kernels().linear_mix(format, task.x, task.y, start, task.end, mix);
     });
 }

@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "philox.h"
 
@@ -59,7 +58,6 @@ constexpr float kFastRadius = 1.1774100f;
 // Box-Muller: two words make two standard normals. Lanes with fast approximations of their own (the GPU's) use those.
 template <class L>
 NN_INLINE void normals(typename L::U first, typename L::U second, typename L::F& one, typename L::F& other) {
-    static_assert(std::is_same_v<decltype(L::multiply(one, other)), typename L::F>, "floats make a float");
     typename L::F radius;
     if constexpr (L::has_fast_math) {
         radius = L::multiply(L::set(kFastRadius), L::fast_radius(uniform<L>(first)));

@@ -77,7 +77,7 @@ template <class F>
 void add_gaussian(F* row, int64_t token, int64_t width, const Draw& draw, double std) {
     const int64_t begin = token * width;
     F* sample = origin(row, begin, sizeof(F));
-    kernels().gaussian_noise(wide_format<F>(), sample, sample, begin, begin + width, draw, std);
+    kernels().gaussian_noise(wide_format<F>(), sample, sample, begin, begin + width, draw, std, false);
 }
 
 template <class F>
