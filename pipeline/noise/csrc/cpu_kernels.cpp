@@ -274,9 +274,9 @@ constexpr RowKernels<F> row_kernels() {
                 to_wide(static_cast<const typename decltype(type)::type*>(x), wide, count);
             });
         },
-        [](Format format, const F* wide, void* y, int64_t count) {
+        [](Format format, const F* wide, void* y, int64_t count, bool streams) {
             with_narrow<F>(format, [&](auto type) {
-                from_wide(wide, static_cast<typename decltype(type)::type*>(y), count);
+                from_wide(wide, static_cast<typename decltype(type)::type*>(y), count, streams);
             });
         },
         [](Format format, const void* x, F* wide, const NormRow<F>& row) {
@@ -284,10 +284,12 @@ constexpr RowKernels<F> row_kernels() {
                 norm_row(static_cast<const typename decltype(type)::type*>(x), wide, row);
             });
         },
-        [](Format format, const void* x, F* gradient, F* room, void* dx, const NormRow<F>& row, F* dweight, F* dbias) {
+        [](Format format, const void* x, F* gradient, F* room, void* dx, const NormRow<F>& row, F* dweight, F* dbias,
+           bool streams) {
             with_narrow<F>(format, [&](auto type) {
                 using T = typename decltype(type)::type;
-                norm_row_back(static_cast<const T*>(x), gradient, room, static_cast<T*>(dx), row, dweight, dbias);
+                norm_row_back(static_cast<const T*>(x), gradient, room, static_cast<T*>(dx), row, dweight, dbias,
+                              streams);
             });
         },
     };

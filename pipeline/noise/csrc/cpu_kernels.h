@@ -29,13 +29,14 @@ struct NormRow {
 };
 
 // A row in x's format and in the wide one: `to` reads, `from` writes, `norm` does LayerNorm into wide, `back` its
-// gradient. All wide pointers are of F.
+// gradient. All wide pointers are of F; streams: as in Kernels.
 template <class F>
 struct RowKernels {
     void (*to_wide)(Format, const void* x, F* wide, int64_t count);
-    void (*from_wide)(Format, const F* wide, void* y, int64_t count);
+    void (*from_wide)(Format, const F* wide, void* y, int64_t count, bool streams);
     void (*norm)(Format, const void* x, F* wide, const NormRow<F>&);
-    void (*norm_back)(Format, const void* x, F* gradient, F* room, void* dx, const NormRow<F>&, F* dweight, F* dbias);
+    void (*norm_back)(Format, const void* x, F* gradient, F* room, void* dx, const NormRow<F>&, F* dweight, F* dbias,
+                      bool streams);
 };
 
 // Each works on elements [begin, end) of a sample (of each sample of a group), counted from where x and y point to.

@@ -16,8 +16,6 @@
 namespace noisynn {
 
 constexpr int64_t kChunk = 1 << 14;  // elements of one task: some 10 us of work, and a whole number of vectors
-// A result of so many bytes does not stay in a processor's caches for whoever takes it next, so it goes past them.
-constexpr int64_t kStreamed = 1 << 25;
 constexpr int64_t kTile = 1 << 16;   // elements that are brought into order at a time: 256 KB of floats
 
 // Elements [begin, end) of `samples` samples.

@@ -14,6 +14,9 @@ using torch::stable::Tensor;
 // The widest that this processor has.
 const Kernels& kernels();
 
+// A result of so many bytes does not stay in a processor's caches for whoever takes it next, so it goes past them.
+constexpr int64_t kStreamed = 1 << 25;
+
 inline Format format_of(const Tensor& x) {
     switch (x.scalar_type()) {
         case ScalarType::Float: return Format::float32;

@@ -33,7 +33,7 @@ constexpr Format wide_format() {
 struct Shape {
     Format format;
     int64_t samples, tokens, width, bytes, group, spared;
-    bool mixes;
+    bool mixes, streams;
 
     Shape(const Tensor& x, Way way, double strength, int64_t group_size, int64_t first_token)
         : format(format_of(x)), bytes(x.element_size()), group(way == Way::gaussian ? 1 : group_size),
@@ -41,6 +41,7 @@ struct Shape {
         STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0, "norm_noise takes (samples, tokens, width)");
         STD_TORCH_CHECK(group_size >= 1, "group_size: at least 1");
         samples = x.size(0), tokens = x.size(1), width = x.size(2);
+        streams = x.numel() * bytes >= kStreamed;
     }
     int64_t tasks() const { return (samples + group - 1) / group * tokens; }
     int64_t row(int64_t sample, int64_t token) const { return sample * tokens + token; }
@@ -102,7 +103,7 @@ void forward(const Shape& shape, Way way, const Tensor& x, const Tensor& weight,
                 if (mixes) mix_rows(shape, way, strength, count, false, rows.data(), mixed.data());
                 for (int64_t i = 0; i < count; ++i)
                     row_kernels<F>().from_wide(shape.format, (mixes ? mixed : rows).data() + i * shape.width,
-                                               shape.at(to, shape.row(first + i, token)), shape.width);
+                                               shape.at(to, shape.row(first + i, token)), shape.width, shape.streams);
             });
     });
 }
@@ -134,7 +135,7 @@ void backward(const Shape& shape, Way way, double alpha, const Tensor& gradient,
                                                  const_cast<F*>(scale + row)};
                         row_kernels<F>().norm_back(shape.format, shape.at(from, row),
                                                    (mixes ? mixed : rows).data() + i * shape.width, room.data(),
-                                                   shape.at(to, row), norm, weights, biases);
+                                                   shape.at(to, row), norm, weights, biases, shape.streams);
                     }
                 });
         }
