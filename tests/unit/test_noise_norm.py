@@ -2,20 +2,18 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.noise import native, operators, ops, reference
+from pipeline.noise import operators, ops, reference
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.noise.norm import NormNoise, norm_before
 from pipeline.noise.reference import Purpose, stream_of
+from tests.unit.test_noise_ops import found_by_each_instruction_set, needs_kernels
 
 EPOCH = torch.tensor(3)
 SITE = "blocks.1.attn"
@@ -164,17 +162,10 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.skipif(not native.is_loaded("cpu"), reason="no C++ compiler: `make setup` built no kernels")
+@needs_kernels
 def test_every_instruction_set_gives_the_same_bits():
-    found = {}
-    for lanes in ("AVX-512", "AVX2", "one lane"):
-        environment = os.environ | {"NOISYNN_LANES": lanes}
-        done = subprocess.run([sys.executable, "-c", _HASH], capture_output=True, text=True, env=environment)
-        if done.returncode and "this processor has no" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        found[lanes] = done.stdout
-    assert len(found) >= 2 and len(set(found.values())) == 1, found
+    found = found_by_each_instruction_set(_HASH)
+    assert len(set(found.values())) == 1, found
 
 
 @ALL_KINDS
