@@ -115,7 +115,10 @@ class NoiseInjector:
             handle.remove()
         self._handles.clear()
         for name, norm in self._replaced.items():
-            _put(self._model, name, norm)
+            now = self._model.get_submodule(name)
+            if isinstance(now, NormNoise):  # whose parameters may have been replaced since
+                norm.weight, norm.bias = now.weight, now.bias
+                _put(self._model, name, norm.train(now.training))
         self._replaced.clear()
         self.sites = ()
 
@@ -123,7 +126,8 @@ class NoiseInjector:
         if site == IMAGE_SITE:
             return
         norm = norm_before(self._model, site) if self.config.kind in NORM_KINDS else None
-        if norm is None:
+        # Behind another injector's noise this one comes by a hook, as two hooks would come one after the other.
+        if norm is None or isinstance(self._model.get_submodule(norm), NormNoise):
             hook = partial(self._hook, number)
             self._handles.append(self._model.get_submodule(site).register_forward_pre_hook(hook))
             return

@@ -50,11 +50,12 @@ torch.library.define(
 _BACKWARD_PARTS = {"cpu": 64, "cuda": 1024}  # rows of weights' gradients that csrc/norm_*.c* leave to be added up
 
 
-def _register(name: str, plain: Any, fake: Any) -> None:
+def _register(name: str, plain: Any, fake: Any, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+    """devices: those that csrc/ has kernels for."""
     operator = f"noisynn::{name}"
     torch.library.register_fake(operator, fake)
     for device_type in ("cpu", "cuda"):
-        if not native.is_loaded(device_type):
+        if device_type not in devices or not native.is_loaded(device_type):
             torch.library.impl(operator, device_type, plain)
 
 
@@ -162,6 +163,7 @@ _register(
     "random_words",
     _plain_random_words,
     lambda sample_ids, epoch, count, seed, stream: sample_ids.new_empty((sample_ids.shape[0], count)),
+    devices=("cpu",),  # on a GPU for tests and statistics alone
 )
 
 
@@ -216,6 +218,13 @@ def _norm_noise_backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple
     return (dx, dweight.sum(0), dbias.sum(0), *[None] * 10)
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "norm_noise has no second derivative: use torch's LayerNorm and the noise behind it (ops.apply_noise)"
+    )
+
+
+torch.library.register_autograd("noisynn::norm_noise_backward", _no_second_derivative)
 torch.library.register_autograd("noisynn::norm_noise", _norm_noise_backward, setup_context=_keep_norm)
 torch.library.register_autograd("noisynn::gaussian_noise", _gaussian_backward)
 torch.library.register_autograd("noisynn::salt_and_pepper", _salt_and_pepper_backward, setup_context=_keep_draw)

@@ -37,8 +37,8 @@ def gaussian_noise(
     strength = _strength(std, "std", x, 0.0, math.inf)
     _check_batch(x, first_token)
     _check_ids(x, sample_ids)
-    epoch = epoch.to(x.device)
-    return torch.ops.noisynn.gaussian_noise(x, strength, sample_ids, epoch, seed & _MASK32, stream, first_token)
+    epoch = _check_draw(epoch, seed, stream, x)
+    return torch.ops.noisynn.gaussian_noise(x, strength, sample_ids, epoch, seed, stream, first_token)
 
 
 def salt_and_pepper(
@@ -60,13 +60,14 @@ def salt_and_pepper(
     strength = _strength(probability, "probability", x, 0.0, 1.0)
     _check_batch(x, first_token)
     _check_ids(x, sample_ids)
-    if x[:, first_token:].numel() == 0:
+    epoch, group = _check_draw(epoch, seed, stream, x), _check_group(group_size, x)
+    noisy = x.detach()[:, first_token:] if x.ndim > 1 else x.detach()
+    if noisy.numel() == 0:
         return x.clone()
     if extremes is None:
-        low, high = _group_extremes(x.detach()[:, first_token:], group_size or len(x))
+        low, high = _group_extremes(noisy, group)
     else:
         low, high = (_channel_extremes(extreme, x) for extreme in extremes)
-    epoch, seed = epoch.to(x.device), seed & _MASK32
     return torch.ops.noisynn.salt_and_pepper(x, low, high, strength, sample_ids, epoch, seed, stream, first_token)
 
 
@@ -123,6 +124,7 @@ def image_noise(
         raise ValueError(f"flip is {flip.dtype} {tuple(flip.shape)}: give bool, one for each of {len(images)} samples")
     _check_ids(images, sample_ids)
     level: Any = (1.0 if config.strength is None else config.strength) if strength is None else strength
+    stream = noise_stream(config) if stream is None else stream
     count, height, width, _ = images.shape
     out = torch.empty((count, 3, height, width), dtype=dtype, device=images.device, memory_format=memory_format)
     torch.ops.noisynn.image_noise_(
@@ -133,10 +135,10 @@ def image_noise(
         IMAGE_KINDS.index(config.kind),
         _strength(level, "strength", images, 0.0, math.inf),
         sample_ids,
-        epoch.to(images.device),
-        seed & _MASK32,
-        noise_stream(config) if stream is None else stream,
-        max(1, count) if config.group_size is None else config.group_size,
+        _check_draw(epoch, seed, stream, images),
+        seed,
+        stream,
+        _check_group(config.group_size, images),
         memory_format == torch.channels_last,
         out,
     )
@@ -160,7 +162,7 @@ def norm_noise(
 
     x: (B, N, C); weight, bias: (C,). In two passes, and rounded after the first, where a pass cannot do it: for
     salt-and-pepper (whose extremes are those of the whole group), for a C that is no multiple of 8 or is above 1,024,
-    and where a linear noise's last group is one sample.
+    and for a sample that is a linear noise's group by itself.
     strength, stream, first_token: as in apply_noise. Errors: ValueError naming what does not fit.
     """
     _check_batch(x, first_token)
@@ -170,13 +172,19 @@ def norm_noise(
         raise ValueError(
             f"LayerNorm of {tuple(weight.shape)} weights and {tuple(bias.shape)} biases on rows of {width}"
         )
-    group = max(1, len(x)) if config.group_size is None else config.group_size
-    # A sample on its own must get what torch's LayerNorm gives, to the bit.
-    alone = config.kind in LINEAR_KINDS and (group == 1 or len(x) % group == 1)
+    group = _check_group(config.group_size, x)
+    linear = config.kind in LINEAR_KINDS
+    if linear and group > 1 and len(x) % group == 1:
+        # The last is a group by itself, and must get what torch's LayerNorm gives, to the bit.
+        parts = (x[:-1], sample_ids[:-1]), (x[-1:], sample_ids[-1:])
+        rest = (seed, epoch, first_token, strength, stream)
+        return torch.cat([norm_noise(part, weight, bias, eps, config, ids, *rest) for part, ids in parts])
+    alone = linear and group == 1
     if config.kind not in NORM_KINDS or alone or x.ndim != 3 or width % NORM_UNIT or width > NORM_WIDEST:
-        normal = torch.nn.functional.layer_norm(x, (width,), weight.to(x.dtype), bias.to(x.dtype), eps)
+        normal = torch.nn.functional.layer_norm(x, (width,), weight.to(x.dtype), bias.to(x.dtype), eps).to(x.dtype)
         return apply_noise(normal, config, sample_ids, seed, epoch, first_token, None, strength, stream)
     wide = torch.promote_types(x.dtype, torch.float32)
+    stream = noise_stream(config) if stream is None else stream
     level: Any = (1.0 if config.strength is None else config.strength) if strength is None else strength
     return torch.ops.noisynn.norm_noise(
         x,
@@ -186,9 +194,9 @@ def norm_noise(
         NORM_KINDS.index(config.kind),
         _strength(level, "strength", x, 0.0, math.inf),
         sample_ids,
-        epoch.to(x.device),
-        seed & _MASK32,
-        noise_stream(config) if stream is None else stream,
+        _check_draw(epoch, seed, stream, x),
+        seed,
+        stream,
         group,
         min(first_token, x.shape[1]),
         config.detach,
@@ -200,8 +208,8 @@ def random_words(count: int, sample_ids: Tensor, seed: int, epoch: Tensor, strea
 
     sample_ids: int64 (B,); epoch: int64 scalar. Returns int64 (B, count), each entry in [0, 2^32).
     """
-    epoch = epoch.to(sample_ids.device)
-    return torch.ops.noisynn.random_words(sample_ids, epoch, count, seed & _MASK32, stream)
+    epoch = _check_draw(epoch, seed, stream, sample_ids)
+    return torch.ops.noisynn.random_words(sample_ids, epoch, count, seed, stream)
 
 
 def apply_noise(
@@ -215,7 +223,7 @@ def apply_noise(
     strength: Tensor | None = None,
     stream: int | None = None,
 ) -> Tensor:
-    """The configured noise on x (B, ...). Errors: ValueError where x and sample_ids disagree on the batch.
+    """The configured noise on x (B, ...). Errors: ValueError naming what does not fit, and for a noise of kind none.
 
     strength: float64 scalar in place of the configured one (of optimal Q: 0 is off). stream: noise_stream(config),
     where that cannot be computed on the way (in a compiled model).
@@ -233,7 +241,8 @@ def apply_noise(
         return salt_and_pepper(x, level, sample_ids, seed, epoch, stream, group, first_token, extremes)
     if config.kind == "circular_shift":
         return circular_shift(x, level, group, first_token, detach)
-    assert config.kind == "optimal_q", config.kind
+    if config.kind != "optimal_q":
+        raise ValueError(f"noise.kind is {config.kind!r}: there is nothing to apply; leave the call out")
     return optimal_q(x, group, first_token, detach, strength)
 
 
@@ -248,16 +257,40 @@ def noise_stream(config: NoiseConfig) -> int:
 def _strength(value: float | Tensor, name: str, x: Tensor, low: float, high: float) -> Tensor:
     """float64 scalar on x's device. A tensor's value is not looked at: that would wait for the device."""
     if isinstance(value, Tensor):
-        return value.to(x.device, torch.float64)
+        if value.numel() != 1 or value.requires_grad:
+            raise ValueError(
+                f"{name} has {value.numel()} numbers or asks for a gradient: give one, which is not learned"
+            )
+        return value.reshape(()).to(x.device, torch.float64)
     if not low <= value <= high or math.isinf(value):
         raise ValueError(f"{name} is {value}: it must be a finite number from {low:g} to {high:g}")
-    return torch.tensor(value, dtype=torch.float64, device=x.device)
+    return torch.full((), value, dtype=torch.float64, device=x.device)  # no copy that a GPU would be waited for
+
+
+def _check_group(group_size: int | None, x: Tensor) -> int:
+    """Of the running batch, where it is None or larger."""
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size is {group_size}: give at least 1, or None for the whole batch")
+    batch = max(1, len(x))
+    return batch if group_size is None else min(group_size, batch)
+
+
+def _check_draw(epoch: Tensor, seed: int, stream: int, x: Tensor) -> Tensor:
+    """The epoch on x's device."""
+    if not isinstance(epoch, Tensor) or epoch.dtype != torch.int64 or epoch.numel() != 1:
+        raise ValueError(f"epoch is {epoch!r}: give a tensor of one int64, such as torch.tensor(3)")
+    for name, value in (("seed", seed), ("stream", stream)):
+        if not 0 <= value <= _MASK32:
+            raise ValueError(f"{name} is {value}: it must be from 0 to 2^32 - 1")
+    return epoch.reshape(()).to(x.device)
 
 
 def _check_batch(x: Tensor, first_token: int) -> None:
     if x.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"noise on {str(x.dtype).removeprefix('torch.')}: convert it to one of {known}")
+    if x.is_cuda and x.dtype == torch.float64:
+        raise ValueError("noise on float64 is for the CPU: convert it to float32, or move it there")
     if x.ndim < 1 or (first_token and x.ndim < 2):
         raise ValueError(f"noise on a tensor of shape {tuple(x.shape)}: the first axis is the batch, the second tokens")
     if first_token < 0:
@@ -280,8 +313,14 @@ def _check_ids(x: Tensor, sample_ids: Tensor) -> None:
 
 def _group_extremes(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Lowest and highest value of each sample's group: float64 (B, 1) each."""
-    sizes = [min(group_size, len(x) - start) for start in range(0, len(x), group_size)]
-    pairs = [torch.stack(torch.aminmax(group)).expand(len(group), 2) for group in x.split(sizes)]
+    whole = len(x) // group_size * group_size
+    pairs = []
+    for part, size in ((x[:whole], group_size), (x[whole:], len(x) - whole)):
+        if len(part):
+            groups = part.unflatten(0, (-1, size))
+            axes = tuple(range(1, groups.ndim))
+            pair = torch.stack((groups.amin(axes), groups.amax(axes)), dim=1)
+            pairs.append(pair.repeat_interleave(size, 0))
     low, high = torch.cat(pairs).to(torch.float64).split(1, dim=1)
     return low.contiguous(), high.contiguous()
 
@@ -298,7 +337,5 @@ def _linear_mix(
     x: Tensor, strength: Tensor, optimal: bool, group_size: int | None, first_token: int, detach: bool
 ) -> Tensor:
     _check_batch(x, first_token)
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size is {group_size}: give at least 1, or None for the whole batch")
-    group = max(1, len(x)) if group_size is None else group_size
+    group = _check_group(group_size, x)
     return torch.ops.noisynn.linear_mix(x, strength, optimal, group, first_token, False, detach)

@@ -119,10 +119,11 @@ def salt_and_pepper(
     of samples, without gradient. The decision is on integers, so every implementation takes the same one.
     """
     words = random_words(math.prod(x.shape[1:]), sample_ids, seed, epoch, stream).reshape(x.shape)
-    if not x[:, first_token:].numel():
+    noisy_part = x.detach()[:, first_token:] if x.ndim > 1 else x.detach()
+    if not noisy_part.numel():
         return x
     salt, either = round(probability / 2 * 2**32), round(probability * 2**32)
-    low, high = extremes or _group_extremes(x.detach()[:, first_token:], _running(group_size, len(x)))
+    low, high = extremes or _group_extremes(noisy_part, _running(group_size, len(x)))
     low, high = low.to(x), high.to(x)
     noisy = torch.where(words < salt, high, torch.where(words < either, low, x))
     return _spare(x, noisy, first_token)

@@ -288,6 +288,49 @@ def test_it_is_the_noise_that_a_hook_would_give(config, monkeypatch):
     torch.testing.assert_close(fused(pictures()), hooked(pictures()), rtol=0, atol=1e-5)
 
 
+def test_two_injectors_at_one_site_both_act_and_each_takes_away_its_own():
+    model, x = vit(), pictures()
+    plain = model(x)
+    gaussian = NoiseConfig(kind="gaussian", strength=0.5, site=SITE, during="eval")
+    mix = NoiseConfig(kind="optimal_q", site=SITE, during="eval", group_size=2)
+    first = inject(model, gaussian)
+    noisy = model(x)
+    second = inject(model, mix)
+    assert not torch.equal(model(x), noisy)
+    with second.off():
+        assert torch.equal(model(x), noisy)
+    first.remove()
+    hooked = model(x)
+    assert not torch.equal(hooked, plain) and not torch.equal(hooked, noisy)
+    second.remove()
+    assert torch.equal(model(x), plain) and type(model.blocks[1].norm1) is not NormNoise
+
+
+def test_remove_leaves_the_weights_that_the_model_has_by_then():
+    model = vit()
+    injector = inject(model, NoiseConfig(kind="gaussian", strength=0.5, site=SITE, during="eval"))
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=True)
+    loaded = model.blocks[1].norm1.weight
+    injector.remove()
+    assert model.blocks[1].norm1.weight is loaded
+
+
+def test_a_second_derivative_is_refused():
+    x = batch((4, 3, 16)).requires_grad_()
+    y = ops.norm_noise(x, *affine(x), EPSILON, KINDS["gaussian"], ids_of(x), 7, EPOCH)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["circular_shift", "optimal_q"])
+def test_a_last_sample_on_its_own_does_not_change_the_others(kind):
+    config = NoiseConfig(kind=kind, strength=0.3 if kind == "circular_shift" else None, group_size=4)
+    x = batch((9, 5, 48), torch.bfloat16)
+    nine, eight = (ops.norm_noise(t, *affine(t), EPSILON, config, ids_of(t), 7, EPOCH, 1) for t in (x, x[:8]))
+    assert torch.equal(nine[:8], eight)
+
+
 def test_autocast_gives_float32_as_layer_norm_does():
     model = vit()
     seen = []

@@ -338,6 +338,29 @@ def test_compiled_it_is_the_same_noise_and_compiles_once_in_12_epochs(config):
 # Bad input
 
 
+@pytest.mark.parametrize(("wanted", "taken"), [(float("nan"), 0.0), (-1.0, 0.0), (2.0, 1.0)])
+def test_a_probability_in_a_tensor_that_is_none_is_taken_as_the_nearest(wanted, taken):
+    x = batch((4, 9))
+    found, expected = (
+        ops.salt_and_pepper(x, torch.tensor(p, dtype=torch.float64), ids_of(x), 1, EPOCH, STREAM)
+        for p in (wanted, taken)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_group_sizes_beyond_the_batch_are_the_batch():
+    x = batch((4, 3, 16))
+    config = NoiseConfig(kind="optimal_q", group_size=1 << 62)
+    assert torch.equal(ops.apply_noise(x, config, ids_of(x), 7, EPOCH), ops.optimal_q(x))
+
+
+def test_one_axis_is_the_batch():
+    x = batch((6,))
+    for config in KINDS.values():
+        found, expected = both(config, x)
+        check_close(config, found, expected, x)
+
+
 def test_bad_input_is_refused_by_name():
     x, ids = batch((4, 9)), torch.arange(4)
     draw = (ids, 1, EPOCH, STREAM)
@@ -355,6 +378,14 @@ def test_bad_input_is_refused_by_name():
         (lambda: ops.circular_shift(x, 0.5), "alpha is 0.5"),
         (lambda: ops.circular_shift(x, 0.3, group_size=0), "group_size is 0"),
         (lambda: ops.optimal_q(x, group_size=-2), "group_size is -2"),
+        (lambda: ops.salt_and_pepper(x, 0.1, *draw, group_size=0), "group_size is 0"),
+        (lambda: ops.gaussian_noise(x, 0.5, ids, 1, 3, STREAM), "epoch is 3: give a tensor of one int64"),
+        (lambda: ops.gaussian_noise(x, 0.5, ids, 1, EPOCH.int(), STREAM), "give a tensor of one int64"),
+        (lambda: ops.gaussian_noise(x, 0.5, ids, 1 << 32, EPOCH, STREAM), "seed is 4294967296"),
+        (lambda: ops.gaussian_noise(x, 0.5, ids, 1, EPOCH, -1), "stream is -1"),
+        (lambda: ops.gaussian_noise(x, torch.ones(3), *draw), "std has 3 numbers"),
+        (lambda: ops.gaussian_noise(x, torch.ones((), requires_grad=True), *draw), "not learned"),
+        (lambda: ops.apply_noise(x, NoiseConfig(), ids, 1, EPOCH), "noise.kind is 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

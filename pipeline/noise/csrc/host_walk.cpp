@@ -178,8 +178,13 @@ struct NormWalk {
     DrawSource source;
 };
 
-void nn_walk_norm(const NormWalk* w) {
-    constexpr int units = kWidest / (kWarp * kUnit);
+}
+
+namespace {
+
+// Of half the widest row, and of the widest: as norm_cuda.cu has it.
+template <int units>
+void walk_norm(const NormWalk* w) {
     const Groups groups = Groups::of(w->rows.samples, w->group_size);
     const auto run = [&](auto* x, auto* y) {
         using T = std::remove_pointer_t<decltype(y)>;
@@ -193,8 +198,8 @@ void nn_walk_norm(const NormWalk* w) {
     in_format(w->format, w->x, w->y, run);
 }
 
-void nn_walk_norm_backward(const NormWalk* w) {
-    constexpr int units = kWidest / (kWarp * kUnit);
+template <int units>
+void walk_norm_backward(const NormWalk* w) {
     const Groups groups = Groups::of(w->rows.samples, w->way == 0 ? 1 : w->group_size);
     const auto run = [&](auto* x, auto* dx) {
         using T = std::remove_pointer_t<decltype(dx)>;
@@ -207,6 +212,16 @@ void nn_walk_norm_backward(const NormWalk* w) {
         }
     };
     in_format(w->format, w->x, w->y, run);
+}
+
+}  // namespace
+
+extern "C" {
+
+void nn_walk_norm(const NormWalk* w) { w->rows.width <= kWidest / 2 ? walk_norm<2>(w) : walk_norm<4>(w); }
+
+void nn_walk_norm_backward(const NormWalk* w) {
+    w->rows.width <= kWidest / 2 ? walk_norm_backward<2>(w) : walk_norm_backward<4>(w);
 }
 
 // Which elements of `size` a launch visits, for sizes that no memory holds: for the chosen threads alone, calls back

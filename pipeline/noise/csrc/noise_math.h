@@ -99,7 +99,9 @@ struct Thresholds {
     uint64_t salt, either;
 };
 
-NN_INLINE Thresholds thresholds_of(double probability) {
+// A probability that is none is taken as the nearest (NaN as 0): where it comes from a tensor, nobody has looked at it.
+NN_INLINE Thresholds thresholds_of(double wanted) {
+    const double probability = wanted > 0 ? (wanted < 1 ? wanted : 1) : 0;
     return {uint64_t(rint(probability / 2 * 0x1p32)), uint64_t(rint(probability * 0x1p32))};
 }
 
