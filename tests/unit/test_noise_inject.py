@@ -46,9 +46,8 @@ def inject(model: torch.nn.Module, site: str, during: str = "eval", **options) -
 def input_of(model: torch.nn.Module, site: str, x: torch.Tensor) -> torch.Tensor:
     """What arrives at a module, after all hooks registered before."""
     seen = []
-    handle = model.get_submodule(site).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].detach().clone())
-    )
+    part = model.get_submodule(site)
+    handle = part.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     with torch.no_grad():
         model(x)
     handle.remove()

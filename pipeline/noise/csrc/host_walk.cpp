@@ -2,6 +2,7 @@
 // For tests alone (tests/unit/test_noise_threads.py), which call it by ctypes.
 #include "image_bodies.h"
 #include "lane_gpu.h"
+#include "mix_bodies.h"
 #include "norm_bodies.h"
 #include "turned_bodies.h"
 

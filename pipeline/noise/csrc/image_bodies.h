@@ -2,7 +2,7 @@
 // float format. Sixteen pixels are 48 bytes, which a GPU reads in three instructions where a row is whole sixteens.
 #pragma once
 
-#include "thread_bodies.h"
+#include "mix_bodies.h"
 
 namespace noisynn {
 

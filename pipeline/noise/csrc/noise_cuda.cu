@@ -1,9 +1,11 @@
 // The operators of pipeline/noise/ops.py on a GPU, through torch's stable C++ interface. What a thread does stands in
 // thread_bodies.h; here is how it is launched.
 #include <initializer_list>
+#include <type_traits>
 
 #include "cuda_operators.cuh"
 #include "layout.h"
+#include "mix_bodies.h"
 #include "turned_bodies.h"
 
 namespace noisynn {
@@ -104,7 +106,7 @@ bool is_taken(const Layout& layout, const Nature& nature) {
     return layout.is_turned() && layout.size >> 32 == 0 && (nature.parts == 1 || nature.parts == layout.rows);
 }
 
-// launch(Type<T>{}, prepared, queue) on x's device, in its format; the result has x's own layout.
+// launch(x's memory, the result's, prepared, queue) on x's device, in its format; the result has x's own layout.
 template <class Launch>
 Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, const Nature& nature,
                 const Launch& launch) {
@@ -120,19 +122,12 @@ Tensor launched(const Tensor& x, const Tensor& strength, int64_t first_token, co
     }
     if (nature.by_place && !layout.is_pitched()) layout = layout.as_flat();
     const Prepared prepared = {x, y, layout, static_cast<const double*>(strength.const_data_ptr())};
-    with_format(x, [&](auto type) { launch(type, prepared, queue_of(x)); });
+    with_format(x, [&](auto type) {
+        using T = typename decltype(type)::type;
+        launch(static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()), prepared, queue_of(x));
+    });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return y;
-}
-
-template <class T>
-const T* source_in(const Prepared& prepared) {
-    return static_cast<const T*>(prepared.x.const_data_ptr());
-}
-
-template <class T>
-T* target_in(const Prepared& prepared) {
-    return static_cast<T*>(prepared.y.mutable_data_ptr());
 }
 
 dim3 blocks(int64_t rows, int64_t tasks) {
@@ -144,10 +139,8 @@ Tensor gaussian_noise(Tensor x, Tensor strength, Tensor sample_ids, Tensor epoch
                       int64_t first_token) {
     const Tensor ids = torch::stable::contiguous(sample_ids);
     const DrawSource source = source_of(ids, epoch, seed, stream, x.size(0));
-    return launched(x, strength, first_token, {}, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
-        using T = typename decltype(type)::type;
-        const T* from = source_in<T>(prepared);
-        T* to = target_in<T>(prepared);
+    return launched(x, strength, first_token, {}, [&](const auto* from, auto* to, const Prepared& prepared,
+                                                                 cudaStream_t queue) {
         if (prepared.is_turned()) {
             const Turned turned = prepared.turned();
             const dim3 grid = blocks(turned.samples, turned.tasks());
@@ -182,10 +175,8 @@ Tensor salt_and_pepper(Tensor x, Tensor low, Tensor high, Tensor strength, Tenso
     const DrawSource source = source_of(ids, epoch, seed, stream, x.size(0));
     const Extremes extremes = extremes_of(low, high, x.size(0), x.size(0) ? x.numel() / x.size(0) : 0);
     const Nature nature = {false, extremes.parts};
-    return launched(x, strength, first_token, nature, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
-        using T = typename decltype(type)::type;
-        const T* from = source_in<T>(prepared);
-        T* to = target_in<T>(prepared);
+    return launched(x, strength, first_token, nature, [&](const auto* from, auto* to, const Prepared& prepared,
+                                                                 cudaStream_t queue) {
         if (prepared.is_turned()) {
             const Turned turned = prepared.turned();
             const dim3 grid = blocks(turned.samples, turned.tasks());
@@ -205,15 +196,14 @@ Tensor linear_mix(Tensor x, Tensor strength, bool optimal, int64_t group_size, i
                   bool) {
     STD_TORCH_CHECK(group_size >= 1, "group_size: at least 1");
     const MixPlan plan = MixPlan::of(x.size(0), group_size, transposed);
-    return launched(x, strength, first_token, {true}, [&](auto type, const Prepared& prepared, cudaStream_t queue) {
-        using T = typename decltype(type)::type;
-        const T* from = source_in<T>(prepared);
-        T* to = target_in<T>(prepared);
+    return launched(x, strength, first_token, {true}, [&](const auto* from, auto* to, const Prepared& prepared,
+                                                                 cudaStream_t queue) {
+        constexpr int held = kHeld<std::remove_pointer_t<decltype(to)>>;
         const Common common = prepared.common();
         const dim3 grid = blocks(plan.groups, whole(common.size, kUnit));
         if (!optimal)
             circular_shift_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
-        else if (group_size <= kHeld<T> || x.size(0) <= kHeld<T>)
+        else if (group_size <= held || x.size(0) <= held)
             optimal_q_held_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
         else
             optimal_q_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);

@@ -5,7 +5,7 @@
 // is computed in float32 and rounded once. Rows are whole units of eight elements, so every access is of 16 bytes.
 #pragma once
 
-#include "thread_bodies.h"
+#include "mix_bodies.h"
 
 namespace noisynn {
 
