@@ -13,6 +13,8 @@ missing_packages() {
     command -v pkg-config >/dev/null || echo pkg-config
     pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
     pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+    pkg-config --exists libjpeg 2>/dev/null || echo libjpeg-dev
+    pkg-config --exists libdeflate 2>/dev/null || echo libdeflate-dev
     command -v "$python" >/dev/null || { echo python3 python3-dev python3-venv; return; }
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
@@ -37,18 +39,35 @@ install_packages() {
     [ -z "$missing" ] || fail "still missing after apt-get: $missing"
 }
 
-# Checking JPEGs and reducing pictures, for shards. Without it Python does both, ten times slower and more.
-build_native() {
-    local sources=(data_prep/csrc/*.c) library=data_prep/csrc/libdata_prep.so compiler source stale=
-    for source in "${sources[@]}"; do [ "$source" -nt "$library" ] && stale=1; done
+# Compiles a shared library anew where a source is newer: build_library LIBRARY COMPILER "LIBRARIES TO LINK" SOURCE...
+build_library() {
+    local library=$1 compiler=$2 linked=$3 source stale=
+    shift 3
+    for source; do [ "$source" -nt "$library" ] && stale=1; done
     [ -n "$stale" ] || return 0
+    # shellcheck disable=SC2086  # a list of options
+    "$compiler" -O2 -std=c11 -shared -fPIC -o "$library.tmp" "$@" $linked
+    mv "$library.tmp" "$library"
+}
+
+# Checking JPEGs and reducing pictures, for shards: without it Python does both, ten times slower and more. In a library
+# apart, since it needs libjpeg: rewriting JPEGs with restart markers.
+build_native() {
+    local folder=data_prep/csrc compiler
+    [ -d "$folder" ] || return 0
     compiler=$(command -v "${CC:-cc}" || command -v gcc || true)
     if [ -z "$compiler" ]; then
-        echo "NO C COMPILER: Python checks JPEGs, at 100 us each instead of 10, and reduces pictures, at 15 ms" >&2
+        [ -e "$folder/libdata_prep.so" ] && [ -e "$folder/libdata_prep_jpeg.so" ] && return 0
+        echo "NO C COMPILER: Python checks JPEGs, at 100 us each instead of 10, and reduces pictures, at 15 ms;" \
+            "shard --restart-markers is refused" >&2
         return 0
     fi
-    "$compiler" -O2 -std=c11 -shared -fPIC -o "$library.tmp" "${sources[@]}"
-    mv "$library.tmp" "$library"
+    build_library "$folder/libdata_prep.so" "$compiler" "" "$folder/jpeg_check.c" "$folder/area_resize.c"
+    if ! echo | "$compiler" -fsyntax-only -include stdio.h -include jpeglib.h -x c - 2>/dev/null; then
+        echo "NO HEADERS OF libjpeg (Debian's libjpeg-dev): shard --restart-markers is refused" >&2
+        return 0
+    fi
+    build_library "$folder/libdata_prep_jpeg.so" "$compiler" -ljpeg "$folder/jpeg_restart.c"
 }
 
 # The noise kernels: C++ everywhere, CUDA where nvcc is found, whether or not a GPU is in sight.
@@ -60,14 +79,26 @@ build_kernels() {
     make --silent -j2 -C pipeline/noise/csrc PYTHON="$PWD/.venv/bin/python"
 }
 
+# Reading pictures by native threads.
+build_loader() {
+    if ! command -v g++ >/dev/null || ! command -v make >/dev/null; then
+        echo "NO C++ COMPILER (or no make): Pillow reads pictures, several times slower" >&2
+        return 0
+    fi
+    make --silent -j2 -C pipeline/data/csrc
+}
+
 wanted() { cat requirements.txt; "$python" -c 'import sys; print(sys.version)'; }
 
-build_native
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted | sha256sum)" ]; then
+    build_native
+    build_loader
     build_kernels
     exit 0
 fi
 install_packages
+build_native
+build_loader
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
     || fail "$python is $("$python" --version): Python 3.11 or later is needed (PYTHON=/path/to/python3.11 make setup)"
 echo "installing requirements.txt into .venv (a few minutes, about 7 GB)"

@@ -18,6 +18,7 @@ from data_prep.distribute import ShardOptions, shard
 from data_prep.finalize import FinalizeOptions, finalize
 from data_prep.foreign import IndexOptions, index
 from data_prep.manifest import Manifest, manifest_path
+from data_prep.parts import restart_marker_outcomes
 from data_prep.progress import progress
 from data_prep.stats import StatsOptions, stats
 from data_prep.storage import open_folder
@@ -58,12 +59,13 @@ def _finalize(command: FinalizeOptions) -> tuple[dict[str, Any], str]:
 
 
 def _described(manifest: Manifest, out: str, seconds: float) -> tuple[dict[str, Any], str]:
-    where = open_folder(out).where(manifest.path.name)
+    folder = open_folder(out)
+    where = folder.where(manifest.path.name)
     for note in manifest.skipped[:MAX_SKIPPED_SHOWN]:
         print(f"skipped: {note.path}: {note.reason}", file=sys.stderr)
     if len(manifest.skipped) > MAX_SKIPPED_SHOWN:
         print(f"skipped: all {len(manifest.skipped)} are listed in {where}", file=sys.stderr)
-    summary = manifest_summary(manifest, where, seconds)
+    summary = manifest_summary(manifest, where, seconds, restart_marker_outcomes(folder, manifest))
     return summary, shards_line(summary)
 
 

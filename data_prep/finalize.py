@@ -45,7 +45,8 @@ class Plan:
         """Errors: ValueError where these are not the plan's own source and options."""
         for what, old, new in (("another source", source, self.source), ("other options", options, self.options)):
             if old != new:
-                changed = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new.get(k))
+                differing = (key for key in old | new if old.get(key) != new.get(key))
+                changed = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in differing)
                 raise ValueError(
                     f"{where} describes this split with {what} ({changed}): name another --out, or remove that file"
                 )

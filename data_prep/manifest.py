@@ -233,7 +233,7 @@ def pack_index(entries: list[IndexEntry], crc_known: bool = True) -> bytes:
     return body + INDEX_TRAILER.pack(zlib.crc32(body))
 
 
-def check_index(data: bytes, path: Path) -> tuple[int, bool]:
+def check_index(data: bytes | memoryview, path: Path) -> tuple[int, bool]:
     """Checks a whole index file; returns (count, whether its CRCs are known).
 
     Errors: ValueError naming the file.

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from data_prep.images import PictureError, PictureOptions, prepare_picture
-from data_prep.manifest import Note, ShardRecord, record_of
+from data_prep.manifest import Manifest, Note, ShardRecord, record_of
+from data_prep.restart_markers import with_restart_markers
 from data_prep.sources import Sample, Source
 from data_prep.storage import Folder
 from data_prep.tar_shards import is_intact, write_tar
@@ -32,10 +33,13 @@ class ShardJob:
     samples: tuple[Sample, ...]
     picture: PictureOptions
     on_error: str  # "fail" or "skip"
+    restart_markers: bool = False
 
     def digest(self) -> str:
         """Of all that the shard's bytes depend on; a picture's bytes stand in it by its file's size and time."""
-        digest = hashlib.sha256(f"{LAYOUT_VERSION} {self.picture}\n".encode())
+        # Nothing is said of an option that is off: shards from before there was one are good still.
+        form = " restart markers" if self.restart_markers else ""
+        digest = hashlib.sha256(f"{LAYOUT_VERSION} {self.picture}{form}\n".encode())
         for sample in self.samples:
             line = f"{sample.key}\0{sample.path}\0{sample.label}\0{self.source.stamp(sample)}\n"
             digest.update(line.encode())
@@ -51,6 +55,7 @@ class Part:
     labels: dict[str, int]  # label -> pictures; JSON wants text for keys
     repaired: tuple[Note, ...] = field(default=())
     skipped: tuple[Note, ...] = field(default=())
+    restart_markers: dict[str, int] = field(default_factory=dict)  # pictures by outcome, as restart_markers.py names it
 
 
 def parts_folder(split: str) -> str:
@@ -74,6 +79,16 @@ def read_part(folder: Folder, split: str, shard: str) -> Part | None:
     return part if part.shard.name == shard else None
 
 
+def restart_marker_outcomes(folder: Folder, manifest: Manifest) -> dict[str, int]:
+    """How many pictures were rewritten or kept, by outcome; empty where `shard` was not asked to."""
+    outcomes: Counter[str] = Counter()
+    for shard in manifest.shards if manifest.options.get("restart_markers") else ():
+        part = read_part(folder, manifest.split, shard.name)
+        assert part is not None, "finalize_split has just read it"
+        outcomes.update(part.restart_markers)
+    return dict(outcomes.most_common())
+
+
 def finished_part(job: ShardJob) -> Part | None:
     """The record of the job's shard where it is done already, of these very pictures, and its bytes are intact."""
     part = read_part(job.folder, job.split, job.name)
@@ -93,7 +108,14 @@ def write_part(job: ShardJob) -> Part:
             raise
         needed = _bytes_needed(job)
         raise OSError(errno.ENOSPC, f"{error.strerror}; this shard needs {needed:,} bytes", error.filename) from error
-    part = Part(digest, record, dict(notes.labels), tuple(notes.repaired), tuple(notes.skipped))
+    part = Part(
+        digest,
+        record,
+        dict(notes.labels),
+        tuple(notes.repaired),
+        tuple(notes.skipped),
+        dict(sorted(notes.outcomes.items())),
+    )
     with job.folder.file(part_name(job.split, job.name)) as file:
         file.write(json.dumps(dataclasses.asdict(part), ensure_ascii=False).encode())
     return part
@@ -104,6 +126,7 @@ class _Notes:
     repaired: list[Note] = field(default_factory=list)
     skipped: list[Note] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
 
 
 def _pictures(job: ShardJob, notes: _Notes) -> Iterator[tuple[Sample, bytes]]:
@@ -121,7 +144,12 @@ def _pictures(job: ShardJob, notes: _Notes) -> Iterator[tuple[Sample, bytes]]:
         if prepared.reason is not None:
             notes.repaired.append(Note(sample.key, sample.path, prepared.reason))
         notes.labels[str(sample.label)] += 1
-        yield sample, prepared.data
+        if not job.restart_markers:
+            yield sample, prepared.data
+            continue
+        rewritten = with_restart_markers(prepared.data)
+        notes.outcomes[rewritten.outcome] += 1
+        yield sample, rewritten.data
 
 
 def _bytes_needed(job: ShardJob) -> int:

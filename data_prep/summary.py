@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_prep.manifest import Manifest, Note
 
 
-def manifest_summary(manifest: Manifest, where: str, seconds: float) -> dict[str, Any]:
-    """Counts of a split; repairs and skips by reason."""
+def manifest_summary(
+    manifest: Manifest, where: str, seconds: float, restart_markers: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Counts of a split; repairs and skips by reason, pictures by what became of them with `--restart-markers`."""
     size = sum(shard.bytes for shard in manifest.shards) or (manifest.beton.bytes if manifest.beton else 0)
     return {
         "split": manifest.split,
@@ -21,6 +23,7 @@ def manifest_summary(manifest: Manifest, where: str, seconds: float) -> dict[str
         "bytes": size,
         "repaired": _by_reason(manifest.repaired),
         "skipped": _by_reason(manifest.skipped),
+        "restart_markers": dict(restart_markers or {}),
         "unverified_shards": sum(shard.sha256 is None for shard in manifest.shards),
         "beton": manifest.beton.name if manifest.beton else None,
         **rates(manifest.num_samples, size, seconds),
@@ -41,10 +44,12 @@ def _by_reason(notes: Iterable[Note]) -> dict[str, int]:
 
 def shards_line(summary: dict[str, Any]) -> str:
     """One line on a split's shards."""
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in summary["restart_markers"].items())
+    restart = f"; restart markers: {outcomes}" if outcomes else ""
     return (
         f"{summary['split']}: {summary['images']} pictures, {summary['classes']} classes, {summary['shards']} shards, "
         f"{summary['bytes'] / 1e6:.1f} MB, {sum(summary['repaired'].values())} repaired, "
-        f"{sum(summary['skipped'].values())} skipped; {timing(summary)}: {summary['manifest']}"
+        f"{sum(summary['skipped'].values())} skipped{restart}; {timing(summary)}: {summary['manifest']}"
     )
 
 

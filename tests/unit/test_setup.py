@@ -43,7 +43,7 @@ def test_a_user_who_may_not_install_gets_one_message_with_every_name(bare) -> No
     done = run_setup(bare)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-    for package in ("g++", "pkg-config", "libopencv-dev", "libturbojpeg0-dev"):
+    for package in ("g++", "pkg-config", "libopencv-dev", "libturbojpeg0-dev", "libjpeg-dev", "libdeflate-dev"):
         assert package in done.stderr
     assert not (bare / ".venv").exists()
 
@@ -55,20 +55,46 @@ def test_a_user_with_sudo_has_them_installed(bare) -> None:
     done = run_setup(bare)
     installed = (bare / "record").read_text()
     assert "update -qq" in installed
-    assert "--no-install-recommends g++ pkg-config libopencv-dev libturbojpeg0-dev" in installed
+    packages = "g++ pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev libdeflate-dev"
+    assert f"--no-install-recommends {packages}" in installed
     assert done.returncode == 2 and "still missing after apt-get" in done.stderr  # the stand-in installs nothing
 
 
-def test_a_finished_set_up_is_found_done(bare) -> None:
+def finish(checkout: Path) -> None:
     version = subprocess.run([sys.executable, "-c", "import sys; print(sys.version)"], capture_output=True, text=True)
-    digest = hashlib.sha256(((bare / "requirements.txt").read_text() + version.stdout).encode()).hexdigest()
-    (bare / ".venv").mkdir()
-    (bare / ".venv" / ".installed").write_text(f"{digest}  -\n")
+    digest = hashlib.sha256(((checkout / "requirements.txt").read_text() + version.stdout).encode()).hexdigest()
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / ".installed").write_text(f"{digest}  -\n")
+
+
+def test_a_finished_set_up_is_found_done(bare) -> None:
+    finish(bare)
     done = run_setup(bare)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "NO C++ COMPILER (or no make): noise is plain PyTorch, some 30 times slower\n"
     (bare / "requirements.txt").write_text("six==1.17.0\ntyro\n")  # another list: not done any more
     assert run_setup(bare).returncode == 2
+
+
+def test_without_libjpegs_header_only_restart_markers_go_unbuilt(bare) -> None:
+    finish(bare)
+    sources = bare / "data_prep" / "csrc"
+    sources.mkdir(parents=True)
+    for path in (REPOSITORY / "data_prep" / "csrc").glob("*.c"):
+        shutil.copy(path, sources)
+    assert "NO C COMPILER: " in run_setup(bare).stderr
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    stand_in(bare, "mv", f'exec {shutil.which("mv")} "$@"')
+    headless = 'case "$*" in *jpeglib.h*) exit 1 ;; esac\n'
+    stand_in(bare, "cc", f'echo "$@" >> "{bare}/record"\n{headless}PATH={os.environ["PATH"]} exec {compiler} "$@"')
+    assert "NO HEADERS OF libjpeg (Debian's libjpeg-dev): shard --restart-markers is refused" in run_setup(bare).stderr
+    built = sources / "libdata_prep.so", sources / "libdata_prep_jpeg.so"
+    assert [path.is_file() for path in built] == [True, False]
+    stand_in(bare, "cc", f'echo "$@" >> "{bare}/record"\nPATH={os.environ["PATH"]} exec {compiler} "$@"')
+    assert "libjpeg" not in run_setup(bare).stderr
+    assert all(path.is_file() for path in built)
+    made = (bare / "record").read_text().count("-shared")
+    assert run_setup(bare).returncode == 0 and (bare / "record").read_text().count("-shared") == made == 2
 
 
 def test_the_scripts_are_executable() -> None:
