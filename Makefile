@@ -10,7 +10,7 @@ PYTHON_HERE := $(or $(wildcard $(PYTHON_VENV)),python3)
 KERNELS := $(MAKE) --silent -j4 -C pipeline/noise/csrc PYTHON=$(abspath $(or $(wildcard $(PYTHON_VENV)),$(shell command -v python3)))
 GPU_SECONDS := 540
 
-.PHONY: help setup demo test lint doctor bench gpu soak clean
+.PHONY: help setup demo test lint doctor bench peers gpu soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ bench: ## statistics of 10^9 draws, and each noise beside eager torch and torch.
 	@$(KERNELS)
 	@$(PYTHON_HERE) -m benchmarks draws
 	@$(PYTHON_HERE) -m benchmarks noise
+
+peers: setup ## the other loaders that `python -m benchmarks loader` compares with, into .peers
+	@$(PYTHON_VENV) -m pip install --quiet --disable-pip-version-check --no-deps --target .peers -r benchmarks/requirements-peers.txt
 
 # One shell, since the build takes of the part's time. 124 is what `timeout` ends with.
 gpu: ## what needs a GPU, 9 minutes a part, the same command goes on: PART=check (tests), or noise, train, cifar (measured)

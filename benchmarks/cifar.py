@@ -31,7 +31,7 @@ from benchmarks.cifar_data import Pictures, cropped, draw_crops, padded, read_pi
 from benchmarks.cifar_summary import CLEAN, NOISY, print_summary, tell_cell
 from benchmarks.harness import OnTurn, check_output, circumstances_of, spread, status_line
 from benchmarks.training_step import DTYPES, SMOOTHING, chosen_device, loss_function
-from pipeline.data.order import Layout, training_micro_batches
+from pipeline.data.order import Layout, Order, training_micro_batches
 from pipeline.models import ModelConfig, Preprocess, create_model
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
@@ -266,5 +266,5 @@ def train_twin(options: CifarOptions, data: OnDevice, seed: int, twin: str, on_t
 def _epoch(data: OnDevice, batch: int, seed: int, epoch: int) -> Tensor:
     """Sample ids of an epoch's steps, int64 (steps, batch), in the project's order."""
     layout = Layout(rank=0, world_size=1, micro_batch=batch, accumulation=1)
-    batches = list(training_micro_batches(len(data.labels), seed, epoch, layout, start_step=0))
+    batches = list(training_micro_batches(Order(len(data.labels), seed), epoch, layout, start_step=0))
     return torch.from_numpy(np.stack(batches)).to(data.labels.device)

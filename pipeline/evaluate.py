@@ -43,8 +43,8 @@ class EvaluateConfig:
 
     checkpoint: Path
     """A run folder (its latest checkpoint) or one checkpoint in it."""
-    data: Path
-    """The manifest of the split to evaluate."""
+    data: str
+    """The manifest of the split to evaluate: a path, or a store's URL."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """Noise at inference, whatever its `during`. Without one, the noise that the checkpoint has during evaluation."""
     orders: tuple[Literal["class", "shuffled"], ...] = ("class", "shuffled")
@@ -104,11 +104,11 @@ class Evaluator:
     def per_image(self, ranks: Ranks) -> Accuracy:
         """Noise off, whatever was trained with it."""
         with self.injector.off():
-            return self._run("per_image", "manifest", np.arange(len(self.reader.labels)), 1, ranks)
+            return self._run("per_image", "manifest", np.arange(len(self.reader)), 1, ranks)
 
     def with_noise(self, order: Order, seed: int, ranks: Ranks) -> Accuracy:
         """The injector's noise, in class order or shuffled."""
-        labels = self.reader.labels
+        labels = self.reader.labels_of(np.arange(len(self.reader)))
         ids = class_order(labels) if order == "class" else shuffled_order(len(labels), seed)
         config = self.injector.config
         group = (config.group_size or self.batch) if config.mixes_samples else 1
@@ -121,7 +121,7 @@ class Evaluator:
         self.model.eval()
         loader = EvaluationLoader(self.reader, ids, self.batch, group, ranks.rank, ranks.world_size, self.workers)
         counts = torch.zeros(4, dtype=torch.int64)  # seen, sum of ids, top-1, top-5
-        for images, labels, sample_ids in loader:
+        for images, labels, sample_ids, _ in loader:
             self.injector.set_batch(sample_ids.to(self.device), epoch=0)
             logits = self.model(self.preprocess(images)).float().cpu()
             if not torch.isfinite(logits).all():
@@ -135,7 +135,7 @@ class Evaluator:
         n = len(ids)
         assert (seen, id_sum) == (n, n * (n - 1) // 2), f"{seen} of {n} pictures were evaluated exactly once"
         noise = self.injector.config if self.injector.enabled else NoiseConfig()
-        share = class_mate_share(self.reader.labels[ids], group) if group > 1 else None
+        share = class_mate_share(self.reader.labels_of(ids), group) if group > 1 else None
         return Accuracy(protocol, noise.describe(), order, group, n, top1, top5, share, noise.mixes_samples)
 
 

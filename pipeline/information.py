@@ -46,7 +46,7 @@ class EntropyConfig:
 
     checkpoint: Path
     """A run folder (its latest checkpoint) or one checkpoint in it."""
-    data: Path
+    data: str
     """The manifest of the split whose pictures are measured."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """The noise, whatever its `during`. Without one, the checkpoint's own."""
@@ -149,12 +149,12 @@ class SiteFeatures:
         rows: list[np.ndarray] = []
         ids: list[np.ndarray] = []
         try:
-            for images, _, sample_ids in EvaluationLoader(self.reader, order, self.batch, group, 0, 1, self.workers):
-                self.injector.set_batch(sample_ids.to(device), epoch=0)
-                self.model(preprocess(images))
+            for batch in EvaluationLoader(self.reader, order, self.batch, group, 0, 1, self.workers):
+                self.injector.set_batch(batch.sample_ids.to(device), epoch=0)
+                self.model(preprocess(batch.images))
                 assert self._pooled is not None, f"nothing arrived at {self.site.name}"
                 rows.append(self._pooled.cpu().numpy())
-                ids.append(sample_ids.numpy())
+                ids.append(batch.sample_ids.numpy())
         finally:
             handle.remove()
         found = np.concatenate(rows)
@@ -209,7 +209,8 @@ def definition(noise: NoiseConfig, k: int, joint: np.ndarray, axes: int, entries
 
 def measure(site: SiteFeatures, config: EntropyConfig) -> list[InformationRow]:
     """A row for each order in which the injector's noise is measured; one where the noise does not mix samples."""
-    labels, n = site.reader.labels, len(site.reader.labels)
+    n = len(site.reader)
+    labels = site.reader.labels_of(np.arange(n))
     noise = site.injector.config
     with site.injector.off():
         clean = site.collect(np.arange(n), 1)
@@ -234,7 +235,7 @@ def _row(
     k: int,
 ) -> InformationRow:
     """Clean and noisy (n, d) on the same axes and in the same folds, so that their difference is the noise's."""
-    labels, noise = site.reader.labels, site.injector.config
+    labels, noise = site.reader.labels_of(np.arange(len(ids))), site.injector.config
     groups = np.empty(len(ids), np.int64)
     groups[ids] = np.arange(len(ids)) // k
     most = min(config.axes, entropy.most_axes(int(groups.max()) + 1, len(np.unique(labels))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +146,9 @@ def _shown_inputs(run: Training):
 
 def log_step(run: Training, losses: list[Tensor]) -> float:
     """Writes the window's mean loss over all ranks; stops a run whose loss is no longer a number."""
-    loss = run.accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+    mean = torch.stack(losses).mean()
+    replaced = mean.new_tensor(_report_replaced(run))
+    loss, replaced_by_a_rank = run.accelerator.reduce(torch.stack((mean, replaced)), reduction="mean").tolist()
     rate, waiting = run.throughput.take()
     if run.log is not None:
         values = {
@@ -154,11 +157,20 @@ def log_step(run: Training, losses: list[Tensor]) -> float:
             "train/epoch": run.step / run.loader.steps_per_epoch,
             "train/images_per_second": rate,
             "train/data_wait_share": waiting,
+            "train/replaced_samples": round(replaced_by_a_rank * run.layout.world_size),
         }
         run.log.scalars(run.step, values)
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at step {run.step}: lower optim.lr, or resume from before it")
     return loss
+
+
+def _report_replaced(run: Training) -> float:
+    """Says which samples of this rank were replaced since the last time; returns how many."""
+    replaced = run.loader.take_replaced()
+    for bad in replaced:
+        print(f"replaced: by sample {bad.by}: {bad.reason}", file=sys.stderr)
+    return float(len(replaced))
 
 
 def validate(run: Training) -> Accuracy:
@@ -180,7 +192,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
     model, injector = build_model(config, readers[0])
     model.to(accelerator.device)
     optimizer = create_optimizer(model, config.optim)
-    loader = TrainLoader(readers[0], layout, config.seed, config.data.workers)
+    loader = TrainLoader(readers[0], layout, config.seed, config.data.workers, config.data.window)
     schedule = create_schedule(optimizer, config.optim, config.epochs, loader.steps_per_epoch)
     engine, prepared = accelerator.prepare(model, optimizer)
     assert_engine(engine, config.parallel, ranks.world_size)
@@ -256,7 +268,7 @@ def check(config: TrainConfig, world_size: int) -> None:
     if finished is not None and not config.resume:
         raise ValueError(f"{config.run} holds the run of {finished.name}: pass --resume to go on, or another --run")
     reader, _ = open_data(config)
-    loader = TrainLoader(reader, layout, config.seed, workers=0)
+    loader = TrainLoader(reader, layout, config.seed, 0, config.data.window)
     if finished is not None:
         checked_progress(finished, config, loader)
         ckpt.verify_generation(finished)  # once, here, not by every rank of a machine
@@ -288,7 +300,7 @@ def run_training(config: TrainConfig, ranks: Ranks) -> None:
             "evaluated_in": config.parallel.precision,
             "noise": to_json(config.noise),
             "noise_description": config.noise.describe(),
-            "num_train_images": len(run.loader.reader.labels),
+            "num_train_images": len(run.loader.reader),
             "num_eval_images": accuracy.num_images,
             "environment": snapshot_environment(),
         }

@@ -135,9 +135,12 @@ def _middle(length: int, resized: int, size: int) -> tuple[int, int]:
 
 
 def apply_training(image: Image.Image, crop: Crop, size: int, config: AugmentConfig) -> Image.Image:
-    """Crop, antialiased resize to (size, size), flip."""
+    """Crop, antialiased resize to (size, size), flip.
+
+    Cropped first, as torchvision does: Pillow's resize with a box would mix in pixels from outside of it.
+    """
     box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-    image = image.resize((size, size), _RESAMPLING[config.interpolation], box=box)
+    image = image.crop(box).resize((size, size), _RESAMPLING[config.interpolation])
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else image
 
 

@@ -1,194 +1,153 @@
-"""Random access to an FFCV .beton, in the project's own order.
+"""An FFCV .beton as it is read: its tables are checked, and its pictures are read by offset, as a tar's are.
 
-The file is opened by ffcv's Reader and its pictures are decoded, cropped and resized by ffcv's native code. ffcv's
-Loader is not used: it takes a custom order only in name, draws crops from an unseeded generator, compiles for 8 CPU
-seconds in each process, and blocks when its thread fails. Native calls here run on threads and release the GIL.
+ffcv itself has no part in it. Its Loader takes a custom order only in name, draws crops from an unseeded generator,
+shrinks with another filter than the tars' reader, and blocks when its thread fails; its decoder passes 482 of 600
+single-bit flips as pictures; importing it takes 3 s and starts threads that a fork does not survive. The CRCs stand in
+the index beside the file, and a picture comes out the same as from a tar.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from data_prep.manifest import Manifest, check_index
-from pipeline.data.augment import AugmentConfig, Crop, center_crop, training_crops
-from pipeline.data.batch import Batch
-from pipeline.data.decode import MAX_PIXELS, decode_rgb, jpeg_size
-from pipeline.data.shards import records_of
+from data_prep.manifest import Manifest
+from pipeline.data.decode import MAX_PIXELS
+from pipeline.data.index import IndexFile, SampleIndex
+from pipeline.data.source import Form, OpenFile
 
-_JPG, _RAW = 0, 1  # ffcv's IMAGE_MODES
-_MEND = "write the .beton again with `python -m data_prep beton`"
+# ffcv's format, version 2: header, fields, a row of metadata a sample, pages of payloads, table of their places.
+_VERSION = 2
+_HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+_FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
+_FIELDS = [(2, b"image"), (1, b"label")]  # RGBImageField and IntField
+_PICTURE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+_ROW = np.dtype([("picture", _PICTURE), ("label", "<i8")], align=True)
+_PLACE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+_JPG, _RAW = 0, 1  # modes of a picture
 
 
-class BetonReader:
-    """One split's .beton. Metadata is checked against the file and the manifest before native code trusts it."""
+class _Tables(NamedTuple):
+    """Mapped, as the index is: of a million samples they are 56 MB."""
 
-    def __init__(self, manifest: Manifest, image_size: int, augment: AugmentConfig, seed: int, threads: int) -> None:
-        self._reader = _open(manifest)
-        self._libffcv = _import_ffcv()[1]
-        self.classes = manifest.classes
-        self.image_size = image_size
-        self.augment = augment
-        self.seed = seed
-        self.path = manifest.folder / manifest.beton.name if manifest.beton else Path()
-        image_field, label_field = _fields(self._reader, self.path)
-        self._pictures = self._reader.metadata[image_field]
-        self.labels = self._reader.metadata[label_field].astype(np.int64).reshape(-1)
-        self._bytes = np.memmap(self.path, "uint8", mode="r")
-        self._sizes = self._check(manifest)
-        self._crcs = self._checked_crcs(manifest)
-        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="beton")
+    rows: np.ndarray  # _ROW (n,)
+    places: np.ndarray  # _PLACE (n,)
 
-    def batch(self, sample_ids: np.ndarray, epoch: int | None) -> Batch:
-        sizes = [(int(p["width"]), int(p["height"])) for p in self._pictures[sample_ids]]
-        if epoch is None:
-            crops = [center_crop(*size, self.image_size, self.augment) for size in sizes]
-        else:
-            crops = training_crops(sizes, sample_ids, self.seed, epoch, self.augment)
-        images = np.empty((len(sample_ids), self.image_size, self.image_size, 3), np.uint8)
-        # list() re-raises what a thread raised: an error never becomes an empty picture.
-        list(self._pool.map(self._decode, sample_ids.tolist(), crops, images))
-        ids = torch.as_tensor(sample_ids, dtype=torch.int64)
-        return Batch(torch.from_numpy(images), torch.from_numpy(self.labels[sample_ids]), ids)
 
-    def _decode(self, sample_id: int, crop: Crop, out: np.ndarray) -> None:
-        """Decodes the picture, and resizes its crop with OpenCV's INTER_AREA into out (size, size, 3)."""
-        meta = self._pictures[sample_id]
-        start, height, width = int(meta["data_ptr"]), int(meta["height"]), int(meta["width"])
-        stored = self._bytes[start : start + self._sizes[sample_id]]
-        if zlib.crc32(stored.data) != self._crcs[sample_id]:
+class BetonSource:
+    """One split's .beton. Safe to fork: the file is read by offset."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        """Errors: ValueError, FileNotFoundError where the file is not what the manifest and the index say."""
+        self.mend = f"write it again with `python -m data_prep beton {manifest.path}`"
+        record = manifest.beton
+        if record is None:
+            raise FileNotFoundError(f"{manifest.path} has no .beton, but data.format is ffcv: {self.mend}")
+        self.path = manifest.folder / record.name
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} is missing: {self.mend}")
+        if (size := self.path.stat().st_size) != record.bytes:
+            raise ValueError(f"{self.path} has {size} bytes, {manifest.path} says {record.bytes}: {self.mend}")
+        index = IndexFile(manifest.folder / record.index_name, record.samples, record.index_sha256, self.mend)
+        self.index = SampleIndex([index])
+        tables = self._tables(manifest.num_samples, size)
+        self._check_pictures(tables, size)
+        self._check_index(tables, index.path)
+        self._check_shards(manifest)
+        self._pictures = tables.rows["picture"]
+        self._file = OpenFile(os.open(self.path, os.O_RDONLY))
+
+    def file(self, number: int) -> OpenFile:
+        return self._file
+
+    def where(self, sample_id: int) -> str:
+        return f"sample {sample_id} of {self.path}"
+
+    def form(self, sample_ids: np.ndarray) -> Form:
+        pictures = self._pictures[sample_ids]
+        sizes = np.stack((pictures["width"], pictures["height"]), 1).astype(np.uint32)
+        return Form(sizes, pictures["mode"] == _RAW)
+
+    def expect(self, files: np.ndarray) -> None:
+        """There is one file alone."""
+
+    def _tables(self, num_samples: int, length: int) -> _Tables:
+        """Errors: ValueError where the header is not that of a .beton of so many pictures and labels."""
+        first_row = _HEADER.itemsize + len(_FIELDS) * _FIELD.itemsize
+        with open(self.path, "rb") as file:
+            head = file.read(first_row)
+        if len(head) < first_row:
+            raise ValueError(f"{self.path} is not a readable .beton ({length} bytes): {self.mend}")
+        header = np.frombuffer(head, _HEADER, 1)[0]
+        if header["version"] != _VERSION or header["num_fields"] != len(_FIELDS):
             raise ValueError(
-                f"sample {sample_id} of {self.path}: the bytes are not those that were written (CRC differs); {_MEND}"
+                f"{self.path} is not a readable .beton (version {header['version']}, {header['num_fields']} fields): "
+                f"{self.mend}"
             )
-        if meta["mode"] == _RAW:
-            picture = stored.reshape(height, width, 3)
-        else:
-            picture = self._decode_jpeg(stored, height, width, sample_id)
-        c = crop
-        self._libffcv.resize_crop(picture, c.top, c.top + c.height, c.left, c.left + c.width, out)
-        if crop.flip:
-            out[:] = out[:, ::-1].copy()
-
-    def _decode_jpeg(self, stored: np.ndarray, height: int, width: int, sample_id: int) -> np.ndarray:
-        """uint8 (height, width, 3). Errors: ValueError naming the sample.
-
-        ffcv's decoder alone passes 482 of 600 single-bit flips as pictures, hence the CRC before; and where the
-        metadata's size is not the JPEG's it leaves parts of the buffer as they were, with the status of a success.
-        """
-        where = f"sample {sample_id} of {self.path}"
-        data = stored.tobytes()
-        if (size := jpeg_size(data)) != (width, height):
+        fields = np.frombuffer(head, _FIELD, len(_FIELDS), _HEADER.itemsize)
+        if [(int(field["type_id"]), field["name"]) for field in fields] != _FIELDS:
+            raise ValueError(f"{self.path} has the fields {fields['name'].tolist()}, not image and label: {self.mend}")
+        if header["num_samples"] != num_samples:
             raise ValueError(
-                f"{where}: the JPEG is {size}, the metadata say {(width, height)} (width, height); {_MEND}"
+                f"{self.path} holds {header['num_samples']} samples, the manifest says {num_samples}: {self.mend}"
             )
-        picture = np.empty((height, width, 3), np.uint8)
-        if self._libffcv.imdecode(stored, picture, height, width, height, width) == 0:
-            return picture
-        # turbojpeg reports mere warnings (stray bytes between markers) like errors: Pillow is the judge.
-        return np.asarray(decode_rgb(data, where))
+        table = int(header["alloc_table_ptr"])
+        if first_row + num_samples * _ROW.itemsize > length or table + num_samples * _PLACE.itemsize != length:
+            raise ValueError(f"{self.path} has its table of places elsewhere than at its end: {self.mend}")
+        rows = np.memmap(self.path, _ROW, "r", first_row, (num_samples,))
+        return _Tables(rows, np.memmap(self.path, _PLACE, "r", table, (num_samples,)))
 
-    def _checked_crcs(self, manifest: Manifest) -> np.ndarray:
-        """CRC-32 of each sample's stored bytes, uint32 (n,), of the index beside the file.
-
-        Errors: FileNotFoundError or ValueError where the index is not as recorded, or says otherwise than ffcv's
-        metadata, which native code is about to trust.
-        """
-        assert manifest.beton is not None
-        mend = f"write it again with `python -m data_prep beton {manifest.path}`"
-        path = manifest.folder / manifest.beton.index_name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, which holds the CRCs of {self.path}: {mend}")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != manifest.beton.index_sha256:
-            raise ValueError(f"{path} is not the index that {manifest.path} tells of: {mend}")
-        check_index(data, path)
-        records = records_of(data)
-        if len(records) != len(self.labels):
-            raise ValueError(f"{self.path} holds {len(self.labels)} samples, {path} {len(records)}: {mend}")
+    def _check_pictures(self, tables: _Tables, length: int) -> None:
+        """Errors: ValueError for a picture that does not lie inside the file, or has an impossible form."""
+        pictures, places = tables.rows["picture"], tables.places
+        pixels = pictures["height"].astype(np.int64) * pictures["width"]
         wrong = (
-            (records["offset"] != self._pictures["data_ptr"])
-            | (records["size"] != self._sizes)
-            | (records["label"] != self.labels)
-        )
-        if wrong.any():
-            raise ValueError(f"{self.path}: sample {int(wrong.argmax())} has other metadata than in {path}: {mend}")
-        return records["crc32"]
-
-    def _check(self, manifest: Manifest) -> np.ndarray:
-        """Byte sizes by sample id, after checking that every picture lies inside the file."""
-        mend = f"write it again with `python -m data_prep beton {manifest.path}`"
-        known = self.labels.min() >= 0
-        counts = tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist()) if known else ()
-        if counts != manifest.class_counts:
-            raise ValueError(f"{self.path} holds other labels than {manifest.path} says: {mend}")
-        table = np.sort(self._reader.alloc_table, order="ptr")
-        pointers = self._pictures["data_ptr"]
-        if len(table) != len(pointers):
-            raise ValueError(f"{self.path}: its table tells of {len(table)} pictures of {len(pointers)}: {mend}")
-        place = np.clip(np.searchsorted(table["ptr"], pointers), 0, len(table) - 1)
-        sizes = table["size"][place]
-        pixels = self._pictures["height"].astype(np.int64) * self._pictures["width"]
-        wrong = (
-            (table["ptr"][place] != pointers)
-            | (table["sample_id"][place] != np.arange(len(table)))  # another sample's picture
-            | (sizes > len(self._bytes))  # first, since the sum may wrap around
-            | (pointers + sizes > len(self._bytes))
-            | ~np.isin(self._pictures["mode"], (_JPG, _RAW))
+            (places["sample_id"] != np.arange(len(places)))
+            | (places["ptr"] != pictures["data_ptr"])
+            | (places["size"] > length)  # first, since the sum may wrap around
+            | (places["ptr"] + places["size"] > length)
+            | ~np.isin(pictures["mode"], (_JPG, _RAW))
             | (pixels == 0)
             | (pixels > MAX_PIXELS)
-            | ((self._pictures["mode"] == _RAW) & (sizes != pixels * 3))
+            | ((pictures["mode"] == _RAW) & (places["size"] != pixels * 3))
         )
         if wrong.any():
-            raise ValueError(f"{self.path}: sample {int(wrong.argmax())} has damaged metadata: {mend}")
-        return sizes.astype(np.int64)
+            raise ValueError(f"{self.path}: sample {int(wrong.argmax())} has damaged metadata: {self.mend}")
 
-
-def _open(manifest: Manifest):
-    """ffcv's Reader on the manifest's .beton, after checking that it is the file the manifest tells of."""
-    record = manifest.beton
-    mend = f"write it with `python -m data_prep beton {manifest.path}`"
-    if record is None:
-        raise FileNotFoundError(f"{manifest.path} has no .beton, but data.format is ffcv: {mend}")
-    path = manifest.folder / record.name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {mend}")
-    if (size := path.stat().st_size) != record.bytes:
-        raise ValueError(f"{path} has {size} bytes, {manifest.path} says {record.bytes}: {mend}")
-    reader_module, _ = _import_ffcv()
-    try:
-        reader = reader_module.Reader(str(path))
-    except Exception as error:  # numpy and ffcv raise whatever they like at broken headers, MemoryError too
-        raise ValueError(f"{path} is not a readable .beton ({error}): {mend}") from error
-    if not reader.num_samples == len(reader.metadata) == manifest.num_samples:
-        raise ValueError(f"{path} holds {reader.num_samples} samples, {manifest.path} {manifest.num_samples}: {mend}")
-    return reader
-
-
-def _import_ffcv():
-    # ffcv starts numba's threads when imported. Those of TBB, numba's first choice, make a process that forks later
-    # (the DataLoader's workers) hang at its exit where there is one core alone. No numba code runs here.
-    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
-    try:
-        from ffcv import libffcv, reader
-    except ImportError as error:
-        raise ValueError(
-            f"data.format ffcv: the ffcv package cannot be imported ({error}); run `make setup` "
-            "(it needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config), or use data.format wds"
-        ) from error
-    return reader, libffcv
-
-
-def _fields(reader, path: Path) -> tuple[str, str]:
-    """ffcv names metadata columns f0, f1, ... in the order of the fields."""
-    names = list(reader.handlers)
-    if not {"image", "label"} <= set(names):
-        raise ValueError(
-            f"{path} has the fields {names}, not `image` and `label`: write it with `python -m data_prep beton`"
+    def _check_index(self, tables: _Tables, path: Path) -> None:
+        """Errors: ValueError where the tables say otherwise than the index, whose hash the manifest holds."""
+        records = self.index.of_file(0)
+        wrong = (
+            (records["offset"] != tables.places["ptr"])
+            | (records["size"] != tables.places["size"])
+            | (records["label"] != tables.rows["label"])
         )
-    return f"f{names.index('image')}", f"f{names.index('label')}"
+        if wrong.any():
+            raise ValueError(
+                f"{self.path}: sample {int(wrong.argmax())} has other metadata than in {path}: {self.mend}"
+            )
+
+    def _check_shards(self, manifest: Manifest) -> None:
+        """Errors: ValueError where the shards' indexes, if they are here too, tell of other samples."""
+        files = [
+            IndexFile(manifest.folder / s.index_name, s.samples, s.index_sha256, self.mend) for s in manifest.shards
+        ]
+        if not files or not all(file.path.is_file() for file in files):
+            return
+        mine, theirs = self.index.labels(), SampleIndex(files).labels()
+        if len(mine) != len(theirs) or (mine != theirs).any():
+            raise ValueError(
+                f"{self.path} holds other pictures than the shards of {manifest.path}, at the latest from sample "
+                f"{int((mine[: len(theirs)] != theirs[: len(mine)]).argmax())} on: {self.mend}"
+            )

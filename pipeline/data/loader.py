@@ -4,64 +4,114 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from data_prep.manifest import Manifest, read_manifest
+from data_prep.manifest import Manifest, parse_manifest, read_manifest
 from pipeline.data.augment import AugmentConfig
-from pipeline.data.batch import Batch, Reader
-from pipeline.data.beton import BetonReader
-from pipeline.data.order import Layout, evaluation_batches, steps_per_epoch, training_micro_batches
-from pipeline.data.shards import ShardReader
+from pipeline.data.batch import Batch, Reader, Replaced
+from pipeline.data.beton import BetonSource
+from pipeline.data.cache import CacheConfig, ShardCache
+from pipeline.data.order import Layout, Order, evaluation_batches, steps_per_epoch, training_micro_batches
+from pipeline.data.reader import Labels, PictureReader
+from pipeline.data.remote import checked_url, fetch_bytes, is_url
+from pipeline.data.shards import TarSource
+from pipeline.data.source import Source
+from pipeline.data.stream import Item, Stream
+
+_MANIFEST_BYTES = 1 << 30  # a note for each of a million pictures is 200 MB
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the pictures are and how they are read."""
 
-    train: Path = Path("shards/train.manifest.json")
-    val: Path = Path("shards/val.manifest.json")
+    train: str = "shards/train.manifest.json"
+    """A path, or the URL of an object store that fsspec reads, such as s3://bucket/train.manifest.json."""
+    val: str = "shards/val.manifest.json"
     format: Literal["wds", "ffcv"] = "wds"
     """`wds` reads the WebDataset tars, `ffcv` the .beton of the same manifest."""
     image_size: int = 224
     """Side of the pictures that the model gets, in pixels."""
     workers: int = 4
-    """Decoding processes (wds) or threads (ffcv) of each rank; 0 decodes in the rank itself."""
+    """Decoding threads of each rank; processes where augment.randaugment is on, or the native library is not built."""
+    window: int = 0
+    """Shuffle within so many shards at a time, which bounds what a cache must hold; 0 shuffles all samples."""
+    on_bad_sample: Literal["stop", "replace"] = "stop"
+    """In training, a sample that cannot be read ends the run, or the next that can stands in for it and is counted."""
     label_map: Path | None = None
     """JSON object: each class of the manifest -> its new class, such as {"3": "odd", "4": "even"}."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise ValueError(f"data.image_size is {self.image_size}: at least 1 pixel")
-        if self.workers < 0:
-            raise ValueError(f"data.workers is {self.workers}: at least 0")
+        for name in ("workers", "window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} is {getattr(self, name)}: at least 0")
 
 
-def open_split(manifest_path: Path, config: DataConfig, augment: AugmentConfig, seed: int) -> Reader:
-    """Opens and checks a split. Errors: ValueError, FileNotFoundError naming the file and the mend."""
-    manifest = read_manifest(manifest_path)
+def open_split(where: str, config: DataConfig, augment: AugmentConfig, seed: int) -> PictureReader:
+    """Opens and checks a split; `where` is its manifest's path or URL.
+
+    Errors: ValueError, FileNotFoundError naming the file and the mend.
+    """
+    where = str(where)
+    manifest = load_manifest(where, config.cache)
     if manifest.num_samples == 0:
-        raise ValueError(f"{manifest_path} has no samples: shard a folder with pictures")
-    if config.format == "ffcv" and augment.randaugment:
-        raise ValueError("augment.randaugment needs data.format wds: the .beton path only crops and flips")
-    reader: Reader
-    if config.format == "ffcv":
-        reader = BetonReader(manifest, config.image_size, augment, seed, config.workers)
-    else:
-        reader = ShardReader(manifest, config.image_size, augment, seed)
+        raise ValueError(f"{where} has no samples: shard a folder with pictures")
+    source = _open_source(where, manifest, config)
+    counts = np.bincount(source.index.labels().clip(-1) + 1, minlength=len(manifest.classes) + 1)[1:]
+    if tuple(counts.tolist()) != manifest.class_counts:
+        raise ValueError(f"the labels in the indexes beside {where} are not those it counts: {source.mend}")
+    labels = Labels(manifest.classes, np.arange(len(manifest.classes)))
     if config.label_map is not None:
-        reader.labels, reader.classes = mapped_labels(reader.labels, manifest, config.label_map)
-    return reader
+        labels = mapped_labels(manifest, config.label_map)
+    threads = max(1, config.workers)
+    sizes = tuple(shard.samples for shard in manifest.shards)
+    return PictureReader(source, labels, sizes, config.image_size, augment, seed, threads, config.on_bad_sample)
 
 
-def mapped_labels(labels: np.ndarray, manifest: Manifest, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels int64 (n,) and class names after the map; new classes are sorted by name, as ImageFolder does.
+def load_manifest(where: str, cache: CacheConfig) -> Manifest:
+    """The manifest at a path or URL. Errors: ValueError, OSError naming it and the mend."""
+    if not is_url(where):
+        return read_manifest(Path(where))
+    data = fetch_bytes(checked_url(where), cache.retry, _MANIFEST_BYTES)
+    return parse_manifest(data, where, cache.folder)
+
+
+def _open_source(where: str, manifest: Manifest, config: DataConfig) -> Source:
+    if config.format == "ffcv":
+        if is_url(where):
+            raise ValueError(f"data.format ffcv reads local files, not {where}: copy the .beton here, or use wds")
+        return BetonSource(manifest)
+    if not manifest.shards:
+        raise ValueError(f"{where} has a .beton alone: use data.format ffcv")
+    folder = where.rpartition("/")[0] or "."
+    if not is_url(where):
+        return TarSource(manifest, folder, None)
+    _check_limit(manifest, config)
+    return TarSource(manifest, folder, ShardCache(folder, manifest.shards, config.cache))
+
+
+def _check_limit(manifest: Manifest, config: DataConfig) -> None:
+    """Errors: ValueError where the cache cannot hold what must be there at once."""
+    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+    # The window that is read, and the next: ranks are not all at the same step.
+    needed = sum(sizes[: 2 * config.window] if config.window else sizes) / 1e9
+    if needed > config.cache.gigabytes:
+        lower = f"lower data.window {config.window}" if config.window else "set data.window"
+        raise ValueError(
+            f"data.cache.gigabytes is {config.cache.gigabytes:g}, but {needed:.3g} GB of shards are needed at once: "
+            f"raise it, or {lower}"
+        )
+
+
+def mapped_labels(manifest: Manifest, path: Path) -> Labels:
+    """The manifest's labels after a map; new classes are sorted by name, as ImageFolder does.
 
     Errors: ValueError where the map leaves a class out or names one that does not exist.
     """
@@ -80,7 +130,7 @@ def mapped_labels(labels: np.ndarray, manifest: Manifest, path: Path) -> tuple[n
         raise ValueError(f"data.label_map {path}: {'; '.join(faults)}")
     classes = tuple(sorted(set(mapping.values())))
     table = np.array([classes.index(mapping[name]) for name in manifest.classes], np.int64)
-    return table[labels], classes
+    return Labels(classes, table)
 
 
 class TrainLoader:
@@ -90,45 +140,48 @@ class TrainLoader:
     rank and no worker count: another layout with the same global batch goes on exactly.
     """
 
-    def __init__(self, reader: Reader, layout: Layout, seed: int, workers: int) -> None:
+    def __init__(self, reader: Reader, layout: Layout, seed: int, workers: int, window: int = 0) -> None:
+        """workers, window: as in DataConfig."""
         self.reader = reader
         self.layout = layout
-        self.seed = seed
+        self.order = Order(len(reader), seed, reader.shard_sizes, window)
         self.epoch = 0
         self.step = 0  # within the epoch
-        self.steps_per_epoch = steps_per_epoch(len(reader.labels), layout.global_batch)
-        self._plan: list[tuple[np.ndarray, int]] = []
-        # The .beton's threads live in its reader; forking after they have started would copy none of them.
-        processes = 0 if isinstance(reader, BetonReader) else workers
-        self._batches = _Batches(reader, self._plan, processes, persistent=True)
+        self.steps_per_epoch = steps_per_epoch(len(reader), layout.global_batch)
+        self.replaced: list[Replaced] = []  # by this rank, since it was asked for
+        self._stream = Stream(reader, self._plan, worker_processes(reader, workers), persistent=True)
 
     def __iter__(self) -> Iterator[Batch]:
-        n = len(self.reader.labels)
-        ids = training_micro_batches(n, self.seed, self.epoch, self.layout, self.step)
-        self._plan[:] = [(micro, self.epoch) for micro in ids]
-        for i, batch in enumerate(self._batches, start=1):
+        for i, batch in enumerate(self._stream, start=1):
             if i % self.layout.accumulation == 0:
                 self.step += 1
+            self.replaced += batch.replaced
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
+    def take_replaced(self) -> list[Replaced]:
+        """What was replaced since the last call."""
+        taken, self.replaced = self.replaced, []
+        return taken
+
     def close(self) -> None:
         """Ends the worker processes."""
-        self._batches.processes = None
+        self._stream.close()
 
     def state_dict(self) -> dict[str, Any]:
         epochs, step = divmod(self.step, self.steps_per_epoch)  # the end of an epoch is the start of the next
         return {
             "epoch": self.epoch + epochs,
             "position": step * self.layout.global_batch,
-            "seed": self.seed,
-            "num_samples": len(self.reader.labels),
+            "seed": self.order.seed,
+            "num_samples": self.order.num_samples,
+            "window": self.order.window,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Errors: ValueError where the state is of other data, another seed or another global batch."""
+        """Errors: ValueError where the state is of other data, another seed, window or global batch."""
         here = self.state_dict()
-        for name in ("seed", "num_samples"):
+        for name in ("seed", "num_samples", "window"):
             if state[name] != here[name]:
                 raise ValueError(
                     f"cannot resume: {name} was {state[name]}, is {here[name]}; the order would be another"
@@ -139,6 +192,13 @@ class TrainLoader:
             )
         self.epoch, self.step = state["epoch"], state["position"] // self.layout.global_batch
 
+    def _plan(self) -> Iterator[Item]:
+        epoch, first = self.epoch, self.step
+        batches = training_micro_batches(self.order, epoch, self.layout, first)
+        for i, sample_ids in enumerate(batches):
+            step = first + i // self.layout.accumulation
+            yield Item(sample_ids, epoch, self.order.shards(epoch, step * self.layout.global_batch))
+
 
 class EvaluationLoader:
     """This rank's share of one pass over `order`, each sample once over all ranks, groups never split."""
@@ -146,74 +206,21 @@ class EvaluationLoader:
     def __init__(
         self, reader: Reader, order: np.ndarray, batch: int, group: int, rank: int, world_size: int, workers: int
     ) -> None:
-        plan: list[tuple[np.ndarray, int | None]] = [
-            (ids, None) for ids in evaluation_batches(order, batch, group, rank, world_size)
-        ]
-        self._batches = _Batches(reader, plan, 0 if isinstance(reader, BetonReader) else workers, persistent=False)
+        batches = list(evaluation_batches(order, batch, group, rank, world_size))
+        shards = np.arange(len(reader.shard_sizes))
+        self._reader = reader
+        self._stream = Stream(
+            reader,
+            lambda: (Item(ids, None, shards) for ids in batches),
+            worker_processes(reader, workers),
+            persistent=False,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
+        yield from self._stream
+        self._reader.expect(np.empty(0, np.int64))  # a cache may drop them
 
 
-class _Items(Dataset):
-    """What worker processes run: an item of the plan -> its batch, or the error that it met."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    def __getitem__(self, item: tuple[np.ndarray, int | None]) -> Batch | Exception:
-        try:
-            return self.reader.batch(*item)
-        except (ValueError, OSError) as error:
-            return error  # raised in a worker, torch would put that process's traceback into the message
-
-
-class _Batches:
-    """Runs a plan of (sample ids, epoch), by worker processes or one batch ahead on a thread.
-
-    The plan is read anew at each iteration, so that `persistent` workers serve every epoch.
-    """
-
-    def __init__(self, reader: Reader, plan: list, workers: int, persistent: bool) -> None:
-        self.items = _Items(reader)
-        self.plan = plan
-        self.processes = None
-        if workers:
-            self.processes = DataLoader(
-                self.items,
-                batch_size=None,
-                sampler=_Live(plan),
-                num_workers=workers,
-                persistent_workers=persistent,
-                pin_memory=torch.cuda.is_available(),
-            )
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.processes if self.processes is not None else self._ahead():
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-
-    def _ahead(self) -> Iterator[Batch | Exception]:
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            coming = None
-            for item in list(self.plan):
-                following = pool.submit(self.items.__getitem__, item)
-                if coming is not None:
-                    yield coming.result()
-                coming = following
-            if coming is not None:
-                yield coming.result()
-
-
-class _Live:
-    """A sampler over a list that changes from epoch to epoch."""
-
-    def __init__(self, plan: list) -> None:
-        self.plan = plan
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int | None]]:
-        return iter(list(self.plan))
-
-    def __len__(self) -> int:
-        return len(self.plan)
+def worker_processes(reader: Reader, workers: int) -> int:
+    """How many processes read, where threads of this one would wait for Python; else 0."""
+    return 0 if reader.threaded else workers

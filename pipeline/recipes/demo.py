@@ -27,8 +27,8 @@ RECIPE = Recipe(
             options={"patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3},
         ),
         data=DataConfig(
-            train=Path("runs/demo/shards/train.manifest.json"),
-            val=Path("runs/demo/shards/val.manifest.json"),
+            train="runs/demo/shards/train.manifest.json",
+            val="runs/demo/shards/val.manifest.json",
             image_size=32,
             workers=0,
         ),

@@ -37,7 +37,7 @@ def train_command(config: TrainConfig, world_size: int) -> str:
 
 def evaluate_command(config: EvaluateConfig) -> str:
     """For a shell."""
-    found = _differing(config, EvaluateConfig(checkpoint=Path(), data=Path()))
+    found = _differing(config, EvaluateConfig(checkpoint=Path(), data=""))
     assert found is not None, "evaluate's defaults hold no dictionary"
     return _folded(["python", "-m", "pipeline", "evaluate", *found])
 

@@ -7,6 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +67,22 @@ def twin(tmp_path_factory) -> Path:
     return root
 
 
-def adapted(line: str, root: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def store(twin) -> Iterator[str]:
+    """The twin's /data by HTTP."""
+    handler = partial(SimpleHTTPRequestHandler, directory=twin / "data")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def adapted(line: str, root: Path, store: str) -> list[str]:
     """The same command with the twin's paths, two ranks instead of eight, and a small run."""
-    line = re.sub(r"(?<![\w.])/(data|shared)/", f"{root}/\\1/", line).replace(
+    line = re.sub(r"(?<![\w.])/(data|shared|scratch)/", f"{root}/\\1/", line).replace(
         f"{root}/shared/shards", f"{root}/data/shards"
     )
+    line = line.replace("https://store.example", store)
     own = ("runs/", "exported/", "sheet.png", "stats.html")
     words = [str(root / word) if word.startswith(own) else word for word in shlex.split(line)]
     if words[0] == "torchrun":
@@ -88,13 +103,13 @@ def adapted(line: str, root: Path) -> list[str]:
     return words
 
 
-def test_every_command_runs(twin) -> None:
+def test_every_command_runs(twin, store) -> None:
     commands = readme_commands()
     assert len(commands) > 12 and set(commands) > RUN_ELSEWHERE, "the README's commands are not found"
     for line in commands:
         if line in RUN_ELSEWHERE:
             continue
-        words = adapted(line, twin)
+        words = adapted(line, twin, store)
         if "torch.distributed.run" in words:
             shutil.rmtree(twin / "runs")  # a folder of its own for the second training
         done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)

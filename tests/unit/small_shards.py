@@ -9,10 +9,9 @@ from PIL import Image
 
 from data_prep.beton import BetonOptions, write_beton
 from data_prep.distribute import ShardOptions, shard
-from data_prep.manifest import read_manifest
 from pipeline.data.augment import AugmentConfig
-from pipeline.data.beton import BetonReader
-from pipeline.data.shards import ShardReader
+from pipeline.data.loader import DataConfig, open_split
+from pipeline.data.reader import PictureReader
 
 CLASSES = ("ant", "bee", "cat")
 SIDE = 64
@@ -47,9 +46,9 @@ def make(root: Path, sizes: list[tuple[int, int]], mode: str, **options) -> Path
     return root / "train.manifest.json"
 
 
-def tars(manifest: Path, augment: AugmentConfig = EXACT, size: int = 32, seed: int = 0) -> ShardReader:
-    return ShardReader(read_manifest(manifest), size, augment, seed)
+def tars(manifest: Path, augment: AugmentConfig = EXACT, size: int = 32, seed: int = 0, **options) -> PictureReader:
+    return open_split(str(manifest), DataConfig(image_size=size, workers=2, **options), augment, seed)
 
 
-def beton(manifest: Path, augment: AugmentConfig = EXACT, size: int = 32, seed: int = 0) -> BetonReader:
-    return BetonReader(read_manifest(manifest), size, augment, seed, threads=2)
+def beton(manifest: Path, augment: AugmentConfig = EXACT, size: int = 32, seed: int = 0, **options) -> PictureReader:
+    return tars(manifest, augment, size, seed, format="ffcv", **options)

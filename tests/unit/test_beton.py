@@ -89,7 +89,7 @@ def test_an_index_that_is_missing_damaged_or_another_s_is_refused(split_copy, ra
         with pytest.raises(ValueError, match=r"train\.beton\.idx is not the index"):
             beton(split_copy)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"train\.beton\.idx is missing.*CRCs"):
+    with pytest.raises(FileNotFoundError, match=r"train\.beton\.idx is missing.*data_prep beton"):
         beton(split_copy)
 
 

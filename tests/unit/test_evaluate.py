@@ -28,6 +28,9 @@ N, CLASSES = 60, 6
 class Pictures:
     """2 x 2 pictures in memory, each a weak sign of its class under strong noise."""
 
+    shard_sizes = (N,)
+    threaded = False
+
     def __init__(self, order: np.ndarray | None = None, classes: int = CLASSES) -> None:
         rng = np.random.RandomState(0)
         self.labels = rng.permutation(np.arange(N) % classes).astype(np.int64)
@@ -39,7 +42,16 @@ class Pictures:
         if order is not None:
             self.labels, self.pixels = self.labels[order], self.pixels[order]
 
-    def batch(self, sample_ids: np.ndarray, epoch: int | None) -> Batch:
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def labels_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        return self.labels[sample_ids]
+
+    def expect(self, shards: np.ndarray) -> None:
+        """Nothing is fetched."""
+
+    def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand=None) -> Batch:
         assert epoch is None, "evaluation takes the evaluation transform"
         pixels, labels = torch.from_numpy(self.pixels[sample_ids]), torch.from_numpy(self.labels[sample_ids])
         return Batch(pixels, labels, torch.as_tensor(sample_ids))

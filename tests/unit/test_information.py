@@ -43,6 +43,9 @@ CONFIG = EntropyConfig(Path("run"), Path("data"), batch=48, workers=0)
 class Pictures:
     """4 x 4 pictures in memory, each a weak sign of its class under strong noise."""
 
+    shard_sizes = (N,)
+    threaded = False
+
     def __init__(self) -> None:
         rng = np.random.RandomState(0)
         self.labels = rng.permutation(np.arange(N) % CLASSES).astype(np.int64)
@@ -51,7 +54,16 @@ class Pictures:
         mixed = 0.15 * signs[self.labels] + 0.85 * rng.randint(0, 256, (N, 4, 4, 3))
         self.pixels = mixed.round().astype(np.uint8)
 
-    def batch(self, sample_ids: np.ndarray, epoch: int | None) -> Batch:
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def labels_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        return self.labels[sample_ids]
+
+    def expect(self, shards: np.ndarray) -> None:
+        """Nothing is fetched."""
+
+    def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand=None) -> Batch:
         assert epoch is None, "measuring takes the evaluation transform"
         pixels, labels = torch.from_numpy(self.pixels[sample_ids]), torch.from_numpy(self.labels[sample_ids])
         return Batch(pixels, labels, torch.as_tensor(sample_ids))

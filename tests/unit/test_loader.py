@@ -1,11 +1,11 @@
 """The training loader's batches and state, and evaluation's shares: the same for any workers, ranks and restarts."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from numbers_reader import Numbers, ids_of, same, stream
 from small_shards import EXACT, beton, tars
 
 from pipeline.data.augment import AugmentConfig
@@ -16,41 +16,13 @@ from pipeline.data.order import Layout, permutation
 ONE_RANK = Layout(0, 1, 4, 2)  # 24 samples: 3 steps of 8 an epoch, each of two micro-batches
 
 
-class Numbers:
-    """A reader without files; its pictures tell sample and epoch."""
-
-    classes = ("even", "odd")
-
-    def __init__(self, n: int) -> None:
-        self.labels = np.arange(n, dtype=np.int64) % 2
-
-    def batch(self, sample_ids: np.ndarray, epoch: int | None) -> Batch:
-        ids = torch.as_tensor(sample_ids)
-        pictures = (ids + 100 * (epoch or 0)).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3)
-        return Batch(pictures, torch.from_numpy(self.labels[sample_ids]), ids)
-
-
 class Faulty(Numbers):
     """Fails at sample 13."""
 
-    def batch(self, sample_ids: np.ndarray, epoch: int | None) -> Batch:
+    def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand=None) -> Batch:
         if 13 in sample_ids:
             raise ValueError("sample 13 is damaged")
         return super().batch(sample_ids, epoch)
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return all(a.dtype == b.dtype and a.equal(b) for a, b in zip(one, other, strict=True))
-
-
-def stream(loader: TrainLoader) -> Iterator[Batch]:
-    """Batches epoch after epoch, as the training loop takes them."""
-    while True:
-        yield from loader
-
-
-def ids_of(batches: list[Batch]) -> list[list[int]]:
-    return [batch.sample_ids.tolist() for batch in batches]
 
 
 def test_worker_processes_give_the_same_batches(jpg_split):

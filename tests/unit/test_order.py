@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.order import (
     Layout,
+    Order,
     class_mate_share,
     class_order,
     evaluation_batches,
@@ -32,7 +33,7 @@ def spreads(draw):
 
 
 def epoch_of(n: int, layout: Layout, seed: int, epoch: int, start: int = 0) -> list[np.ndarray]:
-    return list(training_micro_batches(n, seed, epoch, layout, start))
+    return list(training_micro_batches(Order(n, seed), epoch, layout, start))
 
 
 def global_steps(n: int, world: int, micro: int, accumulation: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -55,7 +56,8 @@ def global_steps(n: int, world: int, micro: int, accumulation: int, seed: int, e
 def test_permutation_golden_values(seed, epoch, expected):
     order = permutation(10, seed, epoch)
     assert order.tolist() == expected
-    assert order.dtype == np.int64
+    ids = Order(10, seed).ids(epoch, 2, 9)
+    assert ids.tolist() == expected[2:9] and ids.dtype == np.int64
 
 
 def test_permutations_differ_by_seed_and_epoch():

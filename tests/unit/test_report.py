@@ -309,6 +309,6 @@ def test_train_command_says_what_it_cannot():
 
 
 def test_evaluate_command_gives_the_configuration_again():
-    config = EvaluateConfig(Path("runs/x"), Path("val.manifest.json"), LAST_BLOCK, ("class",), output=Path("a b.json"))
+    config = EvaluateConfig(Path("runs/x"), "val.manifest.json", LAST_BLOCK, ("class",), output=Path("a b.json"))
     words = shlex.split(evaluate_command(config).replace("\\\n", ""))
     assert tyro.cli(EvaluateConfig, args=words[4:]) == config

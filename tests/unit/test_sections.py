@@ -26,7 +26,7 @@ def test_every_recipe_comes_back_equal(name):
 def test_every_option_away_from_its_default_comes_back_equal():
     config = EvaluateConfig(
         checkpoint=Path("runs/a"),
-        data=Path("val.manifest.json"),
+        data="val.manifest.json",
         noise=NoiseConfig(kind="gaussian", strength=0.1, site="blocks.1", during="both", group_size=None),
         orders=("shuffled",),
         output=Path("out.json"),

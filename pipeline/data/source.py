@@ -1,0 +1,101 @@
+"""Where the bytes of a split's pictures are: what tars and .betons have in common, and files that stay open."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from isal.isal_zlib import crc32
+
+from pipeline.data.index import SampleIndex
+
+_OPEN_FILES = 128  # a process may open 1,024 by default, and ImageNet has more shards than that
+
+
+class Form(NamedTuple):
+    """What a container says of its pictures beside their bytes."""
+
+    sizes: np.ndarray  # uint32 (B, 2): width and height
+    raw: np.ndarray  # bool (B,): RGB pixels, row by row; else a JPEG
+
+
+class Source(Protocol):
+    """The pictures of a split, as bytes in files."""
+
+    index: SampleIndex
+    mend: str  # how to write the files again
+
+    def file(self, number: int) -> OpenFile:
+        """One of the index's files, open for reading."""
+        ...
+
+    def where(self, sample_id: int) -> str:
+        """What messages call a sample: its id, its file and its place in it."""
+        ...
+
+    def form(self, sample_ids: np.ndarray) -> Form | None:
+        """What the samples' bytes are; None: all are encoded, and nothing else is known."""
+        ...
+
+    def expect(self, files: np.ndarray) -> None:
+        """Says which files are needed from now on, in that order; others are closed, so that a cache may drop them."""
+        ...
+
+
+class OpenFile:
+    """A descriptor, closed with the last who uses it: a batch that is being read outlives its place among the open."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class OpenFiles:
+    """The files used last, by number. Threads may share it."""
+
+    def __init__(self, open_file: Callable[[int], int], most: int = _OPEN_FILES) -> None:
+        self._open = open_file
+        self._most = most
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> OpenFile:
+        with self._lock:
+            if number in self._files:
+                self._files.move_to_end(number)
+                return self._files[number]
+        file = OpenFile(self._open(number))  # may wait for a store: others go on
+        with self._lock:
+            self._files[number] = file
+            if len(self._files) > self._most:
+                self._files.popitem(last=False)
+        return file
+
+    def keep(self, numbers: set[int]) -> None:
+        """Lets all others go."""
+        with self._lock:
+            for number in self._files.keys() - numbers:
+                del self._files[number]
+
+
+def checked_bytes(source: Source, sample_id: int) -> bytes:
+    """A sample's bytes as they stand in its file.
+
+    Errors: ValueError naming file and sample where they are not those that the index tells of.
+    """
+    record = source.index.records(np.array([sample_id]))[0]
+    file = source.file(source.index.place(sample_id)[0])
+    data = os.pread(file.descriptor, int(record["size"]), int(record["offset"]))
+    if len(data) != record["size"] or crc32(data) != record["crc32"]:
+        raise ValueError(
+            f"{source.where(sample_id)}: the bytes are not those that were written (CRC differs); {source.mend}"
+        )
+    return data

@@ -1,0 +1,97 @@
+"""Batches ahead of their use: a plan of sample ids, read by native threads or by worker processes.
+
+Native threads need no process boundary: what they read is the batch. Where Python itself does the work (RandAugment, or
+Pillow where the native library was not built) threads would wait for one another, so processes do it.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.batch import Batch, Reader
+from pipeline.data.processes import Death, WorkerDied, Workers
+
+_IN_FLIGHT = 3  # batches on the threads: one ends while the next is under way, and one waits
+
+
+class Item(NamedTuple):
+    """What is read at once."""
+
+    sample_ids: np.ndarray  # int64 (B,)
+    epoch: int | None
+    shards: np.ndarray  # needed from here on, in that order
+
+
+Plan = Callable[[], Iterator[Item]]
+
+
+class Stream:
+    """Reads a plan again and again. Iterating gives its batches in its order; errors come where their batch would."""
+
+    def __init__(self, reader: Reader, plan: Plan, processes: int, persistent: bool) -> None:
+        """processes: 0 reads on threads. persistent: the processes stay for the next iteration."""
+        self._reader = reader
+        self._plan = plan
+        self._persistent = persistent
+        self._workers = Workers(processes, _ReadItem(reader)) if processes else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._from_threads() if self._workers is None else self._from_processes(self._workers)
+
+    def close(self) -> None:
+        """Ends the worker processes; another iteration starts them again."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def _from_threads(self) -> Iterator[Batch]:
+        read = _ReadItem(self._reader)
+        # RandAugment draws from global generators, which two threads would seed for one another.
+        threads = _IN_FLIGHT if self._reader.threaded else 1
+        with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
+            coming: collections.deque[Future[Batch]] = collections.deque()
+            try:
+                for item in self._plan():
+                    coming.append(pool.submit(read, item))
+                    if len(coming) == _IN_FLIGHT:
+                        yield coming.popleft().result()
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                for future in coming:
+                    future.cancel()
+
+    def _from_processes(self, workers: Workers) -> Iterator[Batch]:
+        try:
+            yield from workers.batches(self._plan())
+        except WorkerDied as error:
+            raise ChildProcessError(self._last_words(error.death)) from None
+        finally:
+            if not self._persistent:
+                workers.close()
+
+    def _last_words(self, death: Death) -> str:
+        had = "no sample yet" if death.sample_id is None else self._reader.where(death.sample_id)
+        return (
+            f"a loader process (pid {death.pid}) {death.how} while it had {had}: where memory ran out, lower "
+            "data.workers; else check the shard with `python -m data_prep verify`; then go on with --resume"
+        )
+
+
+class _ReadItem:
+    """Reads an item, after telling the reader of the shards it needs, where they have changed."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._told: np.ndarray | None = None
+
+    def __call__(self, item: Item, in_hand: np.ndarray | None = None) -> Batch:
+        """in_hand: where a worker process notes its sample."""
+        if self._told is None or not np.array_equal(item.shards, self._told):
+            self._reader.expect(item.shards)
+            self._told = item.shards
+        return self._reader.batch(item.sample_ids, item.epoch, in_hand)
