@@ -1,0 +1,127 @@
+"""Training from a store: the same batches as from files, within the cache's limit, and no fault of it goes unnamed."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fault_store import HASTY, FaultStore
+from numbers_reader import same, stream
+from small_shards import EXACT, tars
+
+from data_prep.manifest import read_manifest
+from pipeline.data.augment import AugmentConfig
+from pipeline.data.cache import CacheConfig
+from pipeline.data.loader import DataConfig, EvaluationLoader, TrainLoader, open_split
+from pipeline.data.order import Layout
+
+LAYOUT = Layout(0, 1, 4, 1)
+STEPS = 15  # of 6 an epoch
+
+
+@pytest.fixture
+def store(sizes_split):
+    """Serves the split's manifest, tars and indexes."""
+    store = FaultStore()
+    for path in sizes_split.parent.iterdir():
+        if path.suffix in (".json", ".tar", ".idx"):
+            store.files[path.name] = path.read_bytes()
+    with store.serving():
+        yield store
+
+
+def remote(store: FaultStore, folder: Path, shards: float = 100, augment: AugmentConfig = EXACT, **options):
+    """shards: for how many the cache has room, beside the indexes."""
+    largest = max(len(data) for name, data in store.files.items() if name.endswith(".tar"))
+    indexes = sum(len(data) for name, data in store.files.items() if name.endswith(".idx"))
+    cache = CacheConfig(folder, (shards * largest + indexes) / 1e9, retry=HASTY)
+    config = DataConfig(image_size=32, workers=2, cache=cache, **options)
+    return open_split(f"{store.url}/train.manifest.json", config, augment, seed=0)
+
+
+def used(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".tar", ".idx", ".part"))
+
+
+@pytest.mark.parametrize("randaugment", [None, "rand-m9-n2"], ids=["threads", "processes"])
+def test_batches_are_those_of_local_shards_within_the_limit(store, sizes_split, tmp_path, randaugment):
+    """Four shards, of which two windows of one fit into the cache; over two epochs and a half."""
+    augment = AugmentConfig(randaugment=randaugment)
+    reader = remote(store, tmp_path, 2.5, augment, window=1)
+    limit = reader.source.cache._folder.limit_bytes
+    local = TrainLoader(tars(sizes_split, augment), LAYOUT, 5, 0, window=1)
+    loader = TrainLoader(reader, LAYOUT, 5, 2, window=1)
+    for one, other in zip(stream(loader), itertools.islice(stream(local), STEPS), strict=False):
+        assert same(one, other)
+        assert used(tmp_path) <= limit
+    loader.close()
+    shards = [shard.name for shard in read_manifest(sizes_split).shards]
+    assert sum(map(store.asked_for, shards)) > len(shards), "there was room for all: nothing was tried"
+
+
+def test_what_has_room_is_fetched_once(store, tmp_path):
+    loader = TrainLoader(remote(store, tmp_path), LAYOUT, 5, 0)
+    list(itertools.islice(stream(loader), STEPS))
+    assert all(store.asked_for(name) == 1 for name in store.files if name.startswith("train-0"))
+    list(EvaluationLoader(remote(store, tmp_path), np.arange(24), 8, 1, 0, 1, 0))
+    assert all(store.asked_for(name) == 1 for name in store.files if name.startswith("train-0"))
+
+
+def test_a_store_that_falters_changes_nothing(store, sizes_split, tmp_path):
+    for name in store.files:
+        store.faults[name] = [503, "cut"] if name.endswith(".tar") else [500]
+    store.faults["train-000001.tar"].append("wrong")
+    loader = TrainLoader(remote(store, tmp_path), LAYOUT, 5, 0)
+    expected = TrainLoader(tars(sizes_split), LAYOUT, 5, 0)
+    assert all(itertools.starmap(same, zip(loader, expected, strict=True)))
+
+
+@pytest.mark.parametrize(("fault", "words"), [(404, "is missing"), (403, "credentials"), ("wrong", "upload it again")])
+@pytest.mark.parametrize("on_bad_sample", ["stop", "replace"])
+def test_a_shard_that_cannot_be_had_ends_the_run_by_name(store, tmp_path, fault, words, on_bad_sample):
+    """No sample stands in for those of a whole shard: the store is at fault, not the data."""
+    store.always["train-000002.tar"] = fault
+    loader = TrainLoader(remote(store, tmp_path, on_bad_sample=on_bad_sample), LAYOUT, 5, 0)
+    with pytest.raises(OSError, match=rf"{store.url}/train-000002\.tar .*{words}"):
+        list(loader)
+
+
+def test_a_damaged_picture_is_named_by_its_url(store, sizes_split, tmp_path):
+    """Damaged on the local disk, after its shard was fetched and checked."""
+    reader = remote(store, tmp_path)
+    reader.read(9)
+    (path,) = tmp_path.glob("*.tar")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"sample \d+ \({store.url}/train-000001\.tar, picture \d\): .*CRC"):
+        reader.batch(np.arange(7, 14), 0)
+
+
+@pytest.mark.parametrize(
+    ("room", "window", "mend"),
+    [(3.1, 0, r"raise it, or set data\.window"), (3.1, 2, r"raise it, or lower data\.window 2")],
+)
+def test_a_cache_without_room_for_what_is_needed_at_once_is_refused(store, tmp_path, room, window, mend):
+    with pytest.raises(ValueError, match=rf"data\.cache\.gigabytes is .* of shards are needed at once: {mend}"):
+        remote(store, tmp_path, room, window=window)
+    remote(store, tmp_path, room, window=1)
+
+
+def test_a_beton_is_not_read_from_a_store(store, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.format ffcv reads local files, not http"):
+        remote(store, tmp_path, format="ffcv")
+
+
+@pytest.mark.parametrize(
+    "where", ["ssh://host/x.manifest.json", "github://a:b@/x.json", "simplecache::https://host/x.json"]
+)
+def test_other_places_are_refused_by_name(where, tmp_path):
+    with pytest.raises(ValueError, match=r"a run reads no '[a-z:]+'.*https"):
+        open_split(where, DataConfig(cache=CacheConfig(tmp_path)), EXACT, 0)
+
+
+def test_a_manifest_that_is_not_there_is_named(store, tmp_path):
+    del store.files["train.manifest.json"]
+    with pytest.raises(FileNotFoundError, match=rf"{store.url}/train\.manifest\.json is missing"):
+        remote(store, tmp_path)
