@@ -25,7 +25,7 @@ _QUESTIONS = {
         "benchmarks.loader",
         "LoaderOptions",
         "measure_loaders",
-        "images/s of this project's readers beside the webdataset library",
+        "images/s of this project's loaders beside webdataset, FFCV, torchvision, timm, Streaming, LitData and SPDL",
     ),
     "noise": Question(
         "benchmarks.noise",

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from data_prep.manifest import manifest_path
 
 VARIABLE, ARCHIVE = "NOISYNN_SAMPLES", "imagenet-sample.tar"
 _ROOT = Path(__file__).resolve().parent.parent
+
+Made = TypeVar("Made")
 
 
 class Source(NamedTuple):
@@ -23,6 +25,8 @@ class Source(NamedTuple):
 
     manifest: Path
     pictures: str
+    restart_manifest: Path | None = None
+    """Of the same samples, their JPEGs rewritten with restart markers. None: there are none."""
 
 
 class Pictures(NamedTuple):
@@ -51,22 +55,39 @@ def repeated_samples(images: int, mend: str, parent: Path | None = None) -> Iter
 
 
 @contextlib.contextmanager
-def sharded_samples(images: int, shards: int, processes: int) -> Iterator[Source]:
-    """Shards the archive's pictures, each repeated until there are `images`, and writes their .beton.
+def sharded_samples(images: int, shards: int, processes: int, short_side: int | None = None) -> Iterator[Source]:
+    """Shards the archive's pictures, each repeated until there are `images`: plainly, as .beton, with restart markers.
 
-    Errors: ValueError where there is no archive, or where sharding fails.
+    short_side: pixels that larger pictures are reduced to; None keeps all sizes. What cannot be written beside the
+    plain shards is named on standard error. Errors: ValueError where there is no archive, or where sharding fails.
     """
     with repeated_samples(images, "--manifest YOUR.manifest.json (of `python -m data_prep shard`)") as pictures:
-        out = pictures.folder.with_name("shards")
         per_shard = -(-pictures.images // shards)
-        options = ("--samples-per-shard", str(per_shard), "--processes", str(processes))
-        _data_prep("shard", "--source", str(pictures.folder), "--out", str(out), *options)
-        manifest = manifest_path(out, "train")
-        try:
-            _data_prep("beton", str(manifest), "--processes", str(processes))
-        except ValueError as error:
-            print(f"the .beton reader is not measured: {error}", file=sys.stderr)
-        yield Source(manifest, pictures.text)
+        options = ["--samples-per-shard", str(per_shard), "--processes", str(processes)]
+        if short_side is not None:
+            options += ["--short-side", str(short_side)]
+        manifest = _sharded(pictures.folder, "shards", options)
+        _or_said("the .beton", lambda: _data_prep("beton", str(manifest), "--processes", str(processes)))
+        restart = _or_said(
+            "restart markers", lambda: _sharded(pictures.folder, "restart", [*options, "--restart-markers"])
+        )
+        reduced = "" if short_side is None else f", short side at most {short_side} pixels"
+        yield Source(manifest, pictures.text + reduced, restart)
+
+
+def _sharded(pictures: Path, name: str, options: list[str]) -> Path:
+    out = pictures.with_name(name)
+    _data_prep("shard", "--source", str(pictures), "--out", str(out), *options)
+    return manifest_path(out, "train")
+
+
+def _or_said(what: str, write: Callable[[], Made]) -> Made | None:
+    """What `write` gives; None, and one line on standard error, where this machine cannot write it."""
+    try:
+        return write()
+    except ValueError as error:
+        print(f"not measured: {what}: {error}", file=sys.stderr)
+        return None
 
 
 def _unpack(archive: Path, target: Path, images: int) -> tuple[int, int]:

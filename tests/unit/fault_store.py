@@ -7,7 +7,7 @@ import hashlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -132,3 +132,11 @@ def content(descriptor: int) -> bytes:
     """Reads and closes a file that a cache has opened."""
     with open(descriptor, "rb") as file:
         return file.read()
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Waits until it is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.005)

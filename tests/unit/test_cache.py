@@ -4,12 +4,11 @@ import errno
 import hashlib
 import os
 import resource
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fault_store import HASTY, SHARD_BYTES, FaultStore, cache_of, content, fill
+from fault_store import HASTY, SHARD_BYTES, FaultStore, cache_of, content, fill, until
 
 from pipeline.data import remote
 from pipeline.data.cache import CacheConfig, ShardCache
@@ -28,13 +27,6 @@ def whole(folder) -> set[str]:
 
 def parts(folder) -> list[str]:
     return [path.name for path in folder.glob(".*.part")]
-
-
-def until(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.01)
 
 
 def test_a_shard_is_fetched_once_and_found_again(store, tmp_path):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from fault_store import SHARD_BYTES, FaultStore, cache_of, content, fill
+from fault_store import SHARD_BYTES, FaultStore, cache_of, content, fill, until
 
 
 @pytest.fixture
@@ -55,13 +55,6 @@ def children():
     yield children
     for pid in list(children.pids):
         children.kill(pid)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.005)
 
 
 def read(store, shards, folder, names, room=100.0) -> None:
