@@ -43,6 +43,7 @@ def doctor_command(arguments: list[str]) -> int:
         _compilers,
         _gpu,
         _native,
+        _loader,
         _ffcv,
         _two_ranks,
     ]
@@ -104,6 +105,10 @@ def _native() -> list[Finding]:
     return [_probe("noise kernels", _KERNELS_PROBE, "run `make setup`; until then noise is plain PyTorch, and slow")]
 
 
+def _loader() -> list[Finding]:
+    return [_probe("loader", _LOADER_PROBE, "run `make setup`; until then Pillow reads the pictures, and slowly")]
+
+
 def _ffcv() -> list[Finding]:
     return [_probe("ffcv", _FFCV_PROBE, "install libopencv-dev libturbojpeg0-dev pkg-config, then `make setup`")]
 
@@ -161,6 +166,13 @@ ids, epoch = torch.arange(2), torch.tensor(0)
 assert ops.random_words(4, ids, 0, epoch, 0)[0, 0].item() == 0x6627E8D5
 where = "CPU and GPU" if native.is_loaded("cuda") else "CPU"
 print("ok", where, "- Random123's first known answer is met")
+"""
+
+_LOADER_PROBE = """
+from pipeline.data import native
+
+library = native.library()
+print("note Pillow alone" if library is None else f"ok by native threads, {library.nn_loader_lanes().decode()}")
 """
 
 _FFCV_PROBE = """
