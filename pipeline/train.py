@@ -18,6 +18,7 @@ from pipeline.data.augment import mixup
 from pipeline.data.batch import Batch, Reader
 from pipeline.data.loader import TrainLoader, open_split
 from pipeline.data.order import Layout, layout_of
+from pipeline.data.reader import PictureReader
 from pipeline.evaluate import Accuracy, Evaluator
 from pipeline.metrics import RunLog, Throughput
 from pipeline.models import Preprocess, create_model
@@ -225,7 +226,7 @@ def run_layout(config: TrainConfig, ranks: Ranks) -> Layout:
     return layout_of(config.global_batch, config.micro_batch, ranks.rank, ranks.world_size, multiple)
 
 
-def open_data(config: TrainConfig) -> tuple[Reader, Reader]:
+def open_data(config: TrainConfig) -> tuple[PictureReader, PictureReader]:
     """Training and validation split. Errors: ValueError where their classes differ."""
     train_split = open_split(config.data.train, config.data, config.augment, config.seed)
     val_split = open_split(config.data.val, config.data, config.augment, config.seed)
@@ -267,7 +268,9 @@ def check(config: TrainConfig, world_size: int) -> None:
     finished = ckpt.latest_generation(config.run)
     if finished is not None and not config.resume:
         raise ValueError(f"{config.run} holds the run of {finished.name}: pass --resume to go on, or another --run")
-    reader, _ = open_data(config)
+    reader, val_reader = open_data(config)
+    for split in (reader, val_reader):
+        split.source.check_sizes()
     loader = TrainLoader(reader, layout, config.seed, 0, config.data.window)
     if finished is not None:
         checked_progress(finished, config, loader)

@@ -50,16 +50,16 @@ class BetonSource:
 
     def __init__(self, manifest: Manifest) -> None:
         """Errors: ValueError, FileNotFoundError where the file is not what the manifest and the index say."""
-        self.mend = f"write it again with `python -m data_prep beton {manifest.path}`"
+        self._mend = f"write it again with `python -m data_prep beton {manifest.path}`"
         record = manifest.beton
         if record is None:
-            raise FileNotFoundError(f"{manifest.path} has no .beton, but data.format is ffcv: {self.mend}")
+            raise FileNotFoundError(f"{manifest.path} has no .beton, but data.format is ffcv: {self._mend}")
         self.path = manifest.folder / record.name
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is missing: {self.mend}")
+            raise FileNotFoundError(f"{self.path} is missing: {self._mend}")
         if (size := self.path.stat().st_size) != record.bytes:
-            raise ValueError(f"{self.path} has {size} bytes, {manifest.path} says {record.bytes}: {self.mend}")
-        index = IndexFile(manifest.folder / record.index_name, record.samples, record.index_sha256, self.mend)
+            raise ValueError(f"{self.path} has {size} bytes, {manifest.path} says {record.bytes}: {self._mend}")
+        index = IndexFile(manifest.folder / record.index_name, record.samples, record.index_sha256, self._mend)
         self.index = SampleIndex([index])
         tables = self._tables(manifest.num_samples, size)
         self._check_pictures(tables, size)
@@ -79,6 +79,15 @@ class BetonSource:
         sizes = np.stack((pictures["width"], pictures["height"]), 1).astype(np.uint32)
         return Form(sizes, pictures["mode"] == _RAW)
 
+    def mend(self, number: int) -> str:
+        return self._mend
+
+    def check_sizes(self) -> None:
+        """Done when it was opened."""
+
+    def close(self) -> None:
+        """Nothing runs for it."""
+
     def expect(self, files: np.ndarray) -> None:
         """There is one file alone."""
 
@@ -88,23 +97,23 @@ class BetonSource:
         with open(self.path, "rb") as file:
             head = file.read(first_row)
         if len(head) < first_row:
-            raise ValueError(f"{self.path} is not a readable .beton ({length} bytes): {self.mend}")
+            raise ValueError(f"{self.path} is not a readable .beton ({length} bytes): {self._mend}")
         header = np.frombuffer(head, _HEADER, 1)[0]
         if header["version"] != _VERSION or header["num_fields"] != len(_FIELDS):
             raise ValueError(
                 f"{self.path} is not a readable .beton (version {header['version']}, {header['num_fields']} fields): "
-                f"{self.mend}"
+                f"{self._mend}"
             )
         fields = np.frombuffer(head, _FIELD, len(_FIELDS), _HEADER.itemsize)
         if [(int(field["type_id"]), field["name"]) for field in fields] != _FIELDS:
-            raise ValueError(f"{self.path} has the fields {fields['name'].tolist()}, not image and label: {self.mend}")
+            raise ValueError(f"{self.path} has the fields {fields['name'].tolist()}, not image and label: {self._mend}")
         if header["num_samples"] != num_samples:
             raise ValueError(
-                f"{self.path} holds {header['num_samples']} samples, the manifest says {num_samples}: {self.mend}"
+                f"{self.path} holds {header['num_samples']} samples, the manifest says {num_samples}: {self._mend}"
             )
         table = int(header["alloc_table_ptr"])
         if first_row + num_samples * _ROW.itemsize > length or table + num_samples * _PLACE.itemsize != length:
-            raise ValueError(f"{self.path} has its table of places elsewhere than at its end: {self.mend}")
+            raise ValueError(f"{self.path} has its table of places elsewhere than at its end: {self._mend}")
         rows = np.memmap(self.path, _ROW, "r", first_row, (num_samples,))
         return _Tables(rows, np.memmap(self.path, _PLACE, "r", table, (num_samples,)))
 
@@ -123,7 +132,7 @@ class BetonSource:
             | ((pictures["mode"] == _RAW) & (places["size"] != pixels * 3))
         )
         if wrong.any():
-            raise ValueError(f"{self.path}: sample {int(wrong.argmax())} has damaged metadata: {self.mend}")
+            raise ValueError(f"{self.path}: sample {int(wrong.argmax())} has damaged metadata: {self._mend}")
 
     def _check_index(self, tables: _Tables, path: Path) -> None:
         """Errors: ValueError where the tables say otherwise than the index, whose hash the manifest holds."""
@@ -135,13 +144,13 @@ class BetonSource:
         )
         if wrong.any():
             raise ValueError(
-                f"{self.path}: sample {int(wrong.argmax())} has other metadata than in {path}: {self.mend}"
+                f"{self.path}: sample {int(wrong.argmax())} has other metadata than in {path}: {self._mend}"
             )
 
     def _check_shards(self, manifest: Manifest) -> None:
         """Errors: ValueError where the shards' indexes, if they are here too, tell of other samples."""
         files = [
-            IndexFile(manifest.folder / s.index_name, s.samples, s.index_sha256, self.mend) for s in manifest.shards
+            IndexFile(manifest.folder / s.index_name, s.samples, s.index_sha256, self._mend) for s in manifest.shards
         ]
         if not files or not all(file.path.is_file() for file in files):
             return
@@ -149,5 +158,5 @@ class BetonSource:
         if len(mine) != len(theirs) or (mine != theirs).any():
             raise ValueError(
                 f"{self.path} holds other pictures than the shards of {manifest.path}, at the latest from sample "
-                f"{int((mine[: len(theirs)] != theirs[: len(mine)]).argmax())} on: {self.mend}"
+                f"{int((mine[: len(theirs)] != theirs[: len(mine)]).argmax())} on: {self._mend}"
             )

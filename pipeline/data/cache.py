@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from data_prep.manifest import INDEX_HEADER, INDEX_RECORD, INDEX_TRAILER, ShardRecord
 from pipeline.data.cache_folder import CacheFolder, Turn
-from pipeline.data.remote import RetryConfig, checked_url, fetch_blocks, file_url
+from pipeline.data.remote import RetryConfig, checked_url, fetch_blocks, file_size, file_url
 
-_INDEX_FETCHES = 16  # at once: an index is some 20 KB, so its time is the way to the store and back
+_SMALL_REQUESTS = 16  # at once: an index is some 20 KB, so its time is the way to the store and back
 _POLL_SECONDS = 0.1  # between looks for room, by who needs a shard now
 _AHEAD_POLL_SECONDS = 2.0  # by who fetches ahead: a look takes 8 ms where there are a thousand files
 
@@ -120,13 +120,23 @@ class ShardCache:
     def index(self, name: str) -> Path:
         """The shard's index, which stays. The first call fetches all indexes that are not here. Errors: as open."""
         if not self._has_indexes:
-            pool = ThreadPoolExecutor(_INDEX_FETCHES, thread_name_prefix="indexes")
-            try:
-                list(pool.map(self._fetch_index, self._indexes.values()))
-            finally:
-                pool.shutdown(cancel_futures=True)
+            _for_each(self._fetch_index, self._indexes.values())
             self._has_indexes = True
         return self._folder.path / self._indexes[name].name
+
+    def place(self, name: str) -> Path:
+        """Where the shard is, or would be, on this machine."""
+        return self._folder.path / self._shards[name].name
+
+    def check_sizes(self) -> None:
+        """Asks the store for the size of each shard. Errors: OSError naming one that is not as it should be."""
+
+        def check(file: _File) -> None:
+            size = file_size(file.url, self._config.retry)
+            if size not in (None, file.bytes):
+                raise OSError(f"{file.url} has {size:,} bytes, the manifest says {file.bytes:,}: upload it again")
+
+        _for_each(check, self._shards.values())
 
     def plan(self, names: Sequence[str]) -> None:
         """Says which shards will be needed from now on, in that order, in place of what was said before.
@@ -313,6 +323,15 @@ def _run_ahead(reference: weakref.ref[ShardCache]) -> None:
         if pause:
             with changed:
                 changed.wait(pause)
+
+
+def _for_each(work: Callable[[_File], None], files: Iterable[_File]) -> None:
+    """Many at once; the first error ends it."""
+    pool = ThreadPoolExecutor(_SMALL_REQUESTS, thread_name_prefix="store")
+    try:
+        list(pool.map(work, files))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _described(size: int, sha256: str | None) -> str:

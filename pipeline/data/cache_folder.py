@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -82,9 +83,7 @@ class CacheFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 stands, whole = _stands_at(descriptor, path), os.fstat(descriptor).st_size == size
                 if stands and whole:
-                    # Not the time of access, which file systems keep coarsely or not at all.
-                    with contextlib.suppress(PermissionError):  # another user's file
-                        os.utime(descriptor)
+                    _mark_used(descriptor)
                     return descriptor
                 if stands:  # someone has changed it
                     with self._locked():
@@ -131,6 +130,7 @@ class CacheFolder:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
             fcntl.flock(whole, fcntl.LOCK_SH)
+            _mark_used(whole)
             return whole
 
     def drop(self, name: str, descriptor: int) -> None:
@@ -237,6 +237,13 @@ class CacheFolder:
             return False
         finally:
             os.close(descriptor)
+
+
+def _mark_used(descriptor: int) -> None:
+    """Sets the time of change; file systems keep that of access coarsely or not at all."""
+    now = time.time_ns()
+    with contextlib.suppress(PermissionError):  # another user's file
+        os.utime(descriptor, ns=(now, now))
 
 
 def _stands_at(descriptor: int, path: Path) -> bool:

@@ -66,7 +66,7 @@ def open_split(where: str, config: DataConfig, augment: AugmentConfig, seed: int
     source = _open_source(where, manifest, config)
     counts = np.bincount(source.index.labels().clip(-1) + 1, minlength=len(manifest.classes) + 1)[1:]
     if tuple(counts.tolist()) != manifest.class_counts:
-        raise ValueError(f"the labels in the indexes beside {where} are not those it counts: {source.mend}")
+        raise ValueError(f"the labels in the indexes beside {where} are not those it counts: {source.mend(0)}")
     labels = Labels(manifest.classes, np.arange(len(manifest.classes)))
     if config.label_map is not None:
         labels = mapped_labels(manifest, config.label_map)
@@ -207,7 +207,9 @@ class EvaluationLoader:
         self, reader: Reader, order: np.ndarray, batch: int, group: int, rank: int, world_size: int, workers: int
     ) -> None:
         batches = list(evaluation_batches(order, batch, group, rank, world_size))
-        shards = np.arange(len(reader.shard_sizes))
+        ends = np.cumsum(reader.shard_sizes)
+        own = np.searchsorted(ends, np.concatenate([np.empty(0, np.int64), *batches]), side="right")
+        shards = own[np.sort(np.unique(own, return_index=True)[1])]  # this rank's, in the order of their use
         self._reader = reader
         self._stream = Stream(
             reader,

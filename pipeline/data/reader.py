@@ -94,7 +94,7 @@ class PictureReader:
                 if in_hand is not None:
                     in_hand[0] = ids[i]
                 images[i] = self._by_pillow(int(ids[i]), epoch)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 if epoch is None or self.on_bad_sample == "stop":
                     raise
                 images[i], other = self._in_place_of(int(ids[i]), epoch, error)
@@ -121,6 +121,7 @@ class PictureReader:
             if self._pool is not None and self._pool[0] == os.getpid():
                 self._pool[1].close()
             self._pool = None
+        self.source.close()
 
     def _natively(
         self,
@@ -192,7 +193,7 @@ class PictureReader:
         if picture.size != size:
             raise ValueError(
                 f"{self.where(sample_id)}: the JPEG is {picture.size}, the metadata say {size} (width, height); "
-                f"{self.source.mend}"
+                f"{self.source.mend(0)}"
             )
         return picture
 
@@ -206,7 +207,7 @@ class PictureReader:
             other = (sample_id + step) % len(self)
             try:
                 return self._by_pillow(other, epoch), other
-            except (ValueError, OSError):
+            except ValueError:
                 continue
         raise ValueError(f"{error}; nor can the {REPLACEMENTS} samples after it be read") from error
 

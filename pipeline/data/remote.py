@@ -75,6 +75,13 @@ def file_url(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{quoted}"
 
 
+def file_size(url: str, retry: RetryConfig) -> int | None:
+    """Bytes of a file; None where the store does not say. Errors: as fetch_blocks."""
+    fs = _file_system(url)
+    path = fs._strip_protocol(url)
+    return _retried(lambda: _call(fs, "info", retry.timeout_seconds, path)["size"], url, retry)
+
+
 def fetch_bytes(url: str, retry: RetryConfig, limit: int) -> bytes:
     """A whole file. Errors: as fetch_blocks; ValueError where it has more than `limit` bytes, at most 4 MB later."""
 

@@ -25,7 +25,7 @@ class TarSource:
         self.shards = manifest.shards
         self.cache = cache
         verify = f"run `python -m data_prep verify {folder}/{manifest.path.name}`"
-        self.mend = f"{verify} and write this shard again"
+        self._verify = f"{verify} and write this shard again"
         if cache is None:
             self._check_files(verify)
         self.index = SampleIndex(
@@ -51,9 +51,22 @@ class TarSource:
     def form(self, sample_ids: np.ndarray) -> None:
         return None
 
+    def mend(self, number: int) -> str:
+        if self.cache is None:
+            return self._verify
+        return f"remove {self.cache.place(self.shards[number].name)}, so that it is fetched again; else {self._verify}"
+
+    def check_sizes(self) -> None:
+        if self.cache is not None:
+            self.cache.check_sizes()
+
+    def close(self) -> None:
+        if self.cache is not None:
+            self.cache.close()
+
     def expect(self, files: np.ndarray) -> None:
-        if self.cache is not None and len(files):
-            self._files.keep(set(files.tolist()))
+        if self.cache is not None:
+            self._files.keep(frozenset(files.tolist()))
             self.cache.plan([self.shards[number].name for number in files.tolist()])
 
     def _open(self, number: int) -> int:

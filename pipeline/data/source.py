@@ -27,7 +27,6 @@ class Source(Protocol):
     """The pictures of a split, as bytes in files."""
 
     index: SampleIndex
-    mend: str  # how to write the files again
 
     def file(self, number: int) -> OpenFile:
         """One of the index's files, open for reading."""
@@ -41,8 +40,23 @@ class Source(Protocol):
         """What the samples' bytes are; None: all are encoded, and nothing else is known."""
         ...
 
+    def mend(self, number: int) -> str:
+        """What to do where a file does not hold what the index says."""
+        ...
+
     def expect(self, files: np.ndarray) -> None:
         """Says which files are needed from now on, in that order; others are closed, so that a cache may drop them."""
+        ...
+
+    def check_sizes(self) -> None:
+        """Looks at the size of every file; a store's would else be looked at when they are needed.
+
+        Errors: OSError naming the file that is not there, or has another size.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what runs for it; it can be used again."""
         ...
 
 
@@ -65,6 +79,7 @@ class OpenFiles:
         self._open = open_file
         self._most = most
         self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self._wanted: frozenset[int] | None = None  # None: any
         self._lock = threading.Lock()
 
     def get(self, number: int) -> OpenFile:
@@ -74,14 +89,16 @@ class OpenFiles:
                 return self._files[number]
         file = OpenFile(self._open(number))  # may wait for a store: others go on
         with self._lock:
-            self._files[number] = file
+            if self._wanted is None or number in self._wanted:  # else of a batch that was begun before keep()
+                self._files[number] = file
             if len(self._files) > self._most:
                 self._files.popitem(last=False)
         return file
 
-    def keep(self, numbers: set[int]) -> None:
-        """Lets all others go."""
+    def keep(self, numbers: frozenset[int]) -> None:
+        """Lets all others go, now and later."""
         with self._lock:
+            self._wanted = numbers
             for number in self._files.keys() - numbers:
                 del self._files[number]
 
@@ -89,13 +106,18 @@ class OpenFiles:
 def checked_bytes(source: Source, sample_id: int) -> bytes:
     """A sample's bytes as they stand in its file.
 
-    Errors: ValueError naming file and sample where they are not those that the index tells of.
+    Errors: ValueError naming file and sample where they are not those that the index tells of; OSError where the file
+    itself cannot be had.
     """
     record = source.index.records(np.array([sample_id]))[0]
-    file = source.file(source.index.place(sample_id)[0])
-    data = os.pread(file.descriptor, int(record["size"]), int(record["offset"]))
+    number = source.index.place(sample_id)[0]
+    file = source.file(number)
+    try:
+        data = os.pread(file.descriptor, int(record["size"]), int(record["offset"]))
+    except OSError as error:  # a bad sector: of this sample, not of the file
+        raise ValueError(f"{source.where(sample_id)}: cannot be read ({error}); {source.mend(number)}") from error
     if len(data) != record["size"] or crc32(data) != record["crc32"]:
         raise ValueError(
-            f"{source.where(sample_id)}: the bytes are not those that were written (CRC differs); {source.mend}"
+            f"{source.where(sample_id)}: the bytes are not those that were written (CRC differs); {source.mend(number)}"
         )
     return data

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -20,6 +23,14 @@ from pipeline.data.remote import RetryConfig
 # 1 s is the shortest that fsspec keeps to.
 HASTY = RetryConfig(retries=3, timeout_seconds=1.0, backoff_seconds=0.01)
 SHARD_BYTES = 300_000
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # of a client that was killed
+            super().handle_error(request, client_address)
 
 
 class FaultStore:
@@ -57,8 +68,7 @@ class FaultStore:
             def log_message(self, *args: object) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{server.server_port}/data"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
@@ -140,3 +150,31 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come to be"
         time.sleep(0.005)
+
+
+class Children:
+    """Forked processes; one that raises ends with status 1."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+
+    def start(self, work: Callable[[], None]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                work()
+                status = 0
+            finally:
+                os._exit(status)
+        self.pids.append(pid)
+        return pid
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        self.pids.remove(pid)
+
+    def all_succeeded(self) -> bool:
+        pids, self.pids = self.pids, []
+        return [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(pids)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fault_store import HASTY, SHARD_BYTES, FaultStore, cache_of, content, fill, until
+from fault_store import HASTY, SHARD_BYTES, Children, FaultStore, cache_of, content, fill, until
 
 from pipeline.data import remote
 from pipeline.data.cache import CacheConfig, ShardCache
@@ -70,6 +70,7 @@ def test_a_cut_shard_goes_on_where_it_was_cut(store, tmp_path, monkeypatch, know
     store.pause_seconds = 0.02
     store.faults["train-0.tar"] = ["cut"]
     assert content(cache_of(store, shards, tmp_path).open("train-0.tar")) == store.files["train-0.tar"]
+    assert len(store.requests) == 2
     start = int(store.requests[1][1].removeprefix("bytes=").removesuffix("-"))
     assert 0 < start <= SHARD_BYTES // 2
 
@@ -171,7 +172,8 @@ def test_a_total_that_is_lost_or_too_high_is_counted_again(store, tmp_path, tota
 def test_the_least_lately_used_goes_first_and_open_files_stay(store, tmp_path):
     shards = fill(store, 5)
     cache = cache_of(store, shards, tmp_path, room=3)
-    held = cache.open("train-0.tar")
+    os.close(cache.open("train-0.tar"))
+    held = cache.open("train-0.tar")  # found, not fetched
     for name in ("train-1.tar", "train-2.tar", "train-1.tar", "train-3.tar"):
         os.close(cache.open(name))
     assert whole(tmp_path) == {f"{shards[i].sha256}.tar" for i in (0, 1, 3)}
@@ -256,12 +258,15 @@ def test_a_forked_process_goes_on(store, tmp_path):
     store.pause_seconds = 0.02
     cache = cache_of(store, shards, tmp_path)
     cache.plan(["train-0.tar"])  # a thread is under way, which the fork does not copy
-    child = os.fork()
-    if child == 0:
+    children = Children()
+
+    def go_on() -> None:
         cache.plan(["train-1.tar"])
-        right = all(content(cache.open(shard.name)) == store.files[shard.name] for shard in shards)
-        os._exit(0 if right else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        until(lambda: cache.stats.fetched)
+        assert all(content(cache.open(shard.name)) == store.files[shard.name] for shard in shards)
+
+    children.start(go_on)
+    assert children.all_succeeded()
     assert all(store.asked_for(shard.name) == 1 for shard in shards)
 
 
@@ -324,13 +329,13 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(store, tmp_path, monkeypa
 def test_a_disk_that_fails_while_a_shard_comes_is_not_taken_for_the_store(store, tmp_path):
     shards = fill(store, 1)
     cache = cache_of(store, shards, tmp_path)
-    child = os.fork()
-    if child == 0:
+    children = Children()
+
+    def fail() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD_BYTES // 2, SHARD_BYTES // 2))
-        try:
+        with pytest.raises(OSError, match=r"data\.cache\.folder .*: File too large"):
             cache.open("train-0.tar")
-        except OSError as error:
-            os._exit(0 if "File too large" in str(error) and "data.cache.folder" in str(error) else 1)
-        os._exit(2)
-    assert os.waitpid(child, 0)[1] == 0
+
+    children.start(fail)
+    assert children.all_succeeded()
     assert not whole(tmp_path) and not parts(tmp_path)

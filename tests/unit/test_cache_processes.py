@@ -5,13 +5,11 @@ import fcntl
 import hashlib
 import os
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
-from fault_store import SHARD_BYTES, FaultStore, cache_of, content, fill, until
+from fault_store import SHARD_BYTES, Children, FaultStore, cache_of, content, fill, until
 
 
 @pytest.fixture
@@ -19,34 +17,6 @@ def store():
     store = FaultStore()
     with store.serving():
         yield store
-
-
-class Children:
-    """Forked processes; one that raises ends with status 1."""
-
-    def __init__(self) -> None:
-        self.pids: list[int] = []
-
-    def start(self, work: Callable[[], None]) -> int:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                work()
-                status = 0
-            finally:
-                os._exit(status)
-        self.pids.append(pid)
-        return pid
-
-    def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        self.pids.remove(pid)
-
-    def all_succeeded(self) -> bool:
-        pids, self.pids = self.pids, []
-        return [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(pids)
 
 
 @pytest.fixture

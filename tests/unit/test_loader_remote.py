@@ -94,8 +94,33 @@ def test_a_damaged_picture_is_named_by_its_url(store, sizes_split, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"sample \d+ \({store.url}/train-000001\.tar, picture \d\): .*CRC"):
+    with pytest.raises(
+        ValueError, match=rf"sample \d+ \({store.url}/train-000001\.tar, picture \d\): .*CRC.* remove {path}, "
+    ):
         reader.batch(np.arange(7, 14), 0)
+    path.unlink()
+    assert remote(store, tmp_path).batch(np.arange(7, 14), 0).sample_ids.tolist() == list(range(7, 14))
+
+
+def test_sizes_in_the_store_are_checked_before_a_run_starts(store, tmp_path):
+    """Not when the shard is needed, hours later; by one process, not by every rank."""
+    reader = remote(store, tmp_path)
+    reader.source.check_sizes()
+    good = store.files["train-000002.tar"]
+    store.files["train-000002.tar"] = good[:-512]
+    with pytest.raises(OSError, match=r"train-000002\.tar has [\d,]+ bytes, the manifest says [\d,]+: upload it again"):
+        reader.source.check_sizes()
+    del store.files["train-000002.tar"]
+    with pytest.raises(FileNotFoundError, match=r"train-000002\.tar is missing"):
+        reader.source.check_sizes()
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_an_evaluating_rank_fetches_its_own_shards_alone(store, tmp_path):
+    """24 samples over 4 ranks, and shards of 7: the second rank has samples 6 to 11."""
+    list(EvaluationLoader(remote(store, tmp_path), np.arange(24), 3, 1, 1, 4, 0))
+    asked = [store.asked_for(f"train-00000{i}.tar") for i in range(4)]
+    assert asked == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
