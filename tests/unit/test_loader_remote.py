@@ -39,21 +39,17 @@ def remote(store: FaultStore, folder: Path, shards: float = 100, augment: Augmen
     return open_split(f"{store.url}/train.manifest.json", config, augment, seed=0)
 
 
-def used(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".tar", ".idx", ".part"))
-
-
 @pytest.mark.parametrize("randaugment", [None, "rand-m9-n2"], ids=["threads", "processes"])
 def test_batches_are_those_of_local_shards_within_the_limit(store, sizes_split, tmp_path, randaugment):
     """Four shards, of which two windows of one fit into the cache; over two epochs and a half."""
     augment = AugmentConfig(randaugment=randaugment)
     reader = remote(store, tmp_path, 2.5, augment, window=1)
-    limit = reader.source.cache._folder.limit_bytes
+    folder = reader.source.cache._folder
     local = TrainLoader(tars(sizes_split, augment), LAYOUT, 5, 0, window=1)
     loader = TrainLoader(reader, LAYOUT, 5, 2, window=1)
     for one, other in zip(stream(loader), itertools.islice(stream(local), STEPS), strict=False):
         assert same(one, other)
-        assert used(tmp_path) <= limit
+        assert folder.used_and_free()[0] <= folder.limit_bytes
     loader.close()
     shards = [shard.name for shard in read_manifest(sizes_split).shards]
     assert sum(map(store.asked_for, shards)) > len(shards), "there was room for all: nothing was tried"
