@@ -194,7 +194,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
     """Per image first, then the noise in each order. Under torchrun each rank takes its share, and rank 0 writes."""
     checkpoint = open_checkpoint(config.checkpoint)
     data = replace(checkpoint.data, format=config.format, workers=config.workers)
-    augment = replace(checkpoint.augment, randaugment=None)  # training's, and a .beton would be refused with it
+    augment = replace(checkpoint.augment, randaugment=None)  # it is training's
     reader = open_split(config.data, data, augment, checkpoint.seed)
     if reader.classes != checkpoint.classes:
         raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from pipeline.data.order import Layout
 
@@ -209,6 +210,23 @@ def build_accelerator(config: ParallelConfig, layout: Layout, clip_grad_norm: fl
             f"{accelerator.process_index} of {accelerator.num_processes}: ranks would train alone"
         )
     return accelerator
+
+
+def require_same_on_all_ranks(digests: dict[str, str], ranks: Ranks) -> None:
+    """Compares digests of what each rank has opened, by options: a node may have a copy of its own.
+
+    Errors: ValueError, on all ranks, naming the option and the rank that has other data.
+    """
+    if ranks.world_size == 1:
+        return
+    everyone: list[dict[str, str]] = [{} for _ in range(ranks.world_size)]
+    dist.all_gather_object(everyone, digests)
+    for name, first in everyone[0].items():
+        for rank, own in enumerate(everyone):
+            if own[name] != first:
+                raise ValueError(
+                    f"rank {rank} has other samples or labels in {name} than rank 0: give all nodes the same files"
+                )
 
 
 def assert_engine(prepared_model: Any, config: ParallelConfig, world_size: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline import checkpoint as ckpt
 from pipeline.config import TrainConfig
-from pipeline.data.loader import TrainLoader, load_manifest
+from pipeline.data.loader import TrainLoader
 from pipeline.models import WEIGHTS_NAME
 from pipeline.parallel import is_lost_peer
 from pipeline.sections import to_json
@@ -21,7 +21,16 @@ from pipeline.sections import to_json
 # What may differ between a run and its resume without changing what is computed. Paths of the data may, since the
 # samples themselves are compared; micro_batch and processes are looked at on their own.
 _FREE = {"run", "resume", "micro_batch", "stop_after_steps", "log_every"}
-_FREE |= {"data.train", "data.val", "data.workers", "data.label_map", "data.cache", "parallel.processes"}
+_FREE |= {
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.label_map",
+    "data.cache",
+    "data.check_crc",
+    "data.on_bad_sample",
+    "parallel.processes",
+}
 _FREE |= {"checkpoint.every_epochs", "checkpoint.keep", "model.init_from", "model.new_head", "model.pretrained"}
 
 
@@ -65,7 +74,7 @@ def save_run(
 
 def _progress(config: TrainConfig, loader: TrainLoader, step: int) -> dict[str, Any]:
     layout = {"world_size": loader.layout.world_size, "micro_batch": loader.layout.micro_batch}
-    samples = {"samples_sha256": load_manifest(config.data.train, config.data.cache).samples_sha256()}
+    samples = {"samples_sha256": loader.reader.samples_sha256}
     return {"step": step, "loader": loader.state_dict()} | layout | samples
 
 
@@ -103,7 +112,7 @@ def checked_progress(generation: Path, config: TrainConfig, loader: TrainLoader)
         raise ValueError(
             f"cannot resume {generation}: {listed}; keep them, or start a new run with --model.init-from {config.run}"
         )
-    if progress["samples_sha256"] != load_manifest(config.data.train, config.data.cache).samples_sha256():
+    if progress["samples_sha256"] != loader.reader.samples_sha256:
         raise ValueError(f"cannot resume {generation}: {config.data.train} holds other samples than it was trained on")
     if _label_map(generation / ckpt.LABEL_MAP_NAME) != _label_map(config.data.label_map):
         raise ValueError(f"cannot resume {generation}: data.label_map gives other labels than it was trained on")

@@ -25,7 +25,14 @@ from pipeline.models import Preprocess, create_model
 from pipeline.noise.inject import NoiseInjector
 from pipeline.noise.reference import Purpose, random_words, stream_of
 from pipeline.optim import create_optimizer, create_schedule
-from pipeline.parallel import Ranks, assert_engine, build_accelerator, check_devices, snapshot_environment
+from pipeline.parallel import (
+    Ranks,
+    assert_engine,
+    build_accelerator,
+    check_devices,
+    require_same_on_all_ranks,
+    snapshot_environment,
+)
 from pipeline.progress import TrainProgress
 from pipeline.sections import to_json
 from pipeline.state import checked_progress, save_run
@@ -190,6 +197,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
     layout = run_layout(config, ranks)
     accelerator = build_accelerator(config.parallel, layout, config.optim.clip_grad_norm)
     readers = open_data(config)
+    data = {"data.train": readers[0].samples_sha256, "data.val": readers[1].samples_sha256}
+    require_same_on_all_ranks(data, ranks)
     model, injector = build_model(config, readers[0])
     model.to(accelerator.device)
     optimizer = create_optimizer(model, config.optim)
@@ -229,7 +238,8 @@ def run_layout(config: TrainConfig, ranks: Ranks) -> Layout:
 def open_data(config: TrainConfig) -> tuple[PictureReader, PictureReader]:
     """Training and validation split. Errors: ValueError where their classes differ."""
     train_split = open_split(config.data.train, config.data, config.augment, config.seed)
-    val_split = open_split(config.data.val, config.data, config.augment, config.seed)
+    # Validation takes no augmentation: without RandAugment threads read it.
+    val_split = open_split(config.data.val, config.data, replace(config.augment, randaugment=None), config.seed)
     if train_split.classes != val_split.classes:
         differing = sorted(set(train_split.classes) ^ set(val_split.classes))[:5]
         raise ValueError(

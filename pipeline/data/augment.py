@@ -37,7 +37,7 @@ class AugmentConfig:
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
     randaugment: str | None = None
-    """timm's RandAugment string, such as `rand-m9-mstd0.5-inc1`; needs data.format wds."""
+    """timm's RandAugment string, such as `rand-m9-mstd0.5-inc1`: Python does it, in processes."""
     mixup_alpha: float = 0.0
     """Mixup's Beta(alpha, alpha), by pairs of neighbours in the global order; 0 is off."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"

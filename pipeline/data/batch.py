@@ -28,6 +28,8 @@ class Reader(Protocol):
 
     classes: tuple[str, ...]  # after the label map
     shard_sizes: tuple[int, ...]  # samples of each shard, in the manifest's order; empty where there are none
+    fetches: bool  # whether shards come from a store
+    samples_sha256: str  # of the samples, their order and their labels
     threaded: bool  # whether threads can read without waiting for one another's Python
 
     def __len__(self) -> int:

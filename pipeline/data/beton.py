@@ -48,6 +48,8 @@ class _Tables(NamedTuple):
 class BetonSource:
     """One split's .beton. Safe to fork: the file is read by offset."""
 
+    fetches = False
+
     def __init__(self, manifest: Manifest) -> None:
         """Errors: ValueError, FileNotFoundError where the file is not what the manifest and the index say."""
         self._mend = f"write it again with `python -m data_prep beton {manifest.path}`"

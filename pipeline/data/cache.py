@@ -33,7 +33,7 @@ class CacheConfig:
     gigabytes: float = 100.0
     """The most that its files have at any moment, those being fetched included; 1 GB is 10^9 bytes."""
     ahead: int = 2
-    """Shards that each rank fetches at once, before they are needed; 0 fetches only what is needed now."""
+    """Shards that each process which reads fetches at once, before they are needed; 0 fetches what is needed now."""
     retry: RetryConfig = field(default_factory=RetryConfig)
 
     def __post_init__(self) -> None:

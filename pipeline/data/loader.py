@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +19,13 @@ from pipeline.data.batch import Batch, Reader, Replaced
 from pipeline.data.beton import BetonSource
 from pipeline.data.cache import CacheConfig, ShardCache
 from pipeline.data.order import Layout, Order, evaluation_batches, steps_per_epoch, training_micro_batches
-from pipeline.data.reader import Labels, PictureReader
+from pipeline.data.reader import Labels, PictureReader, Reading
 from pipeline.data.remote import checked_url, fetch_bytes, is_url
 from pipeline.data.shards import TarSource
 from pipeline.data.source import Source
-from pipeline.data.stream import Item, Stream
+from pipeline.data.stream import IN_FLIGHT, Item, Stream
 
+NO_SHARDS = np.empty(0, np.int64)
 _MANIFEST_BYTES = 1 << 30  # a note for each of a million pictures is 200 MB
 
 
@@ -42,6 +46,8 @@ class DataConfig:
     """Shuffle within so many shards at a time, which bounds what a cache must hold; 0 shuffles all samples."""
     on_bad_sample: Literal["stop", "replace"] = "stop"
     """In training, a sample that cannot be read ends the run, or the next that can stands in for it and is counted."""
+    check_crc: bool = True
+    """Compare each picture's bytes with the checksum of its index. Without it a damaged one may pass as another."""
     label_map: Path | None = None
     """JSON object: each class of the manifest -> its new class, such as {"3": "odd", "4": "even"}."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -64,7 +70,8 @@ def open_split(where: str, config: DataConfig, augment: AugmentConfig, seed: int
     if manifest.num_samples == 0:
         raise ValueError(f"{where} has no samples: shard a folder with pictures")
     source = _open_source(where, manifest, config)
-    counts = np.bincount(source.index.labels().clip(-1) + 1, minlength=len(manifest.classes) + 1)[1:]
+    in_shards = source.index.labels()
+    counts = np.bincount(in_shards.clip(-1) + 1, minlength=len(manifest.classes) + 1)[1:]
     if tuple(counts.tolist()) != manifest.class_counts:
         raise ValueError(f"the labels in the indexes beside {where} are not those it counts: {source.mend(0)}")
     labels = Labels(manifest.classes, np.arange(len(manifest.classes)))
@@ -72,7 +79,17 @@ def open_split(where: str, config: DataConfig, augment: AugmentConfig, seed: int
         labels = mapped_labels(manifest, config.label_map)
     threads = max(1, config.workers)
     sizes = tuple(shard.samples for shard in manifest.shards)
-    return PictureReader(source, labels, sizes, config.image_size, augment, seed, threads, config.on_bad_sample)
+    samples = hashlib.sha256(manifest.samples_sha256().encode() + labels.table[in_shards].tobytes()).hexdigest()
+    reading = Reading(config.image_size, augment, seed, threads, config.on_bad_sample, config.check_crc)
+    _allow_open_files()
+    return PictureReader(source, labels, sizes, samples, reading)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets a process have: ImageNet has more shards than the usual 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def load_manifest(where: str, cache: CacheConfig) -> Manifest:
@@ -90,7 +107,8 @@ def _open_source(where: str, manifest: Manifest, config: DataConfig) -> Source:
         return BetonSource(manifest)
     if not manifest.shards:
         raise ValueError(f"{where} has a .beton alone: use data.format ffcv")
-    folder = where.rpartition("/")[0] or "."
+    head, slash, _ = where.rpartition("/")
+    folder = head or slash or "."
     if not is_url(where):
         return TarSource(manifest, folder, None)
     _check_limit(manifest, config)
@@ -105,7 +123,8 @@ def _check_limit(manifest: Manifest, config: DataConfig) -> None:
     if needed > config.cache.gigabytes:
         lower = f"lower data.window {config.window}" if config.window else "set data.window"
         raise ValueError(
-            f"data.cache.gigabytes is {config.cache.gigabytes:g}, but {needed:.3g} GB of shards are needed at once: "
+            f"data.cache.gigabytes is {config.cache.gigabytes:g}, but {needed:.3g} GB of {manifest.split}'s shards are "
+            "needed at once: "
             f"raise it, or {lower}"
         )
 
@@ -145,6 +164,8 @@ class TrainLoader:
         self.reader = reader
         self.layout = layout
         self.order = Order(len(reader), seed, reader.shard_sizes, window)
+        if window and reader.fetches:
+            self._check_window(window)
         self.epoch = 0
         self.step = 0  # within the epoch
         self.steps_per_epoch = steps_per_epoch(len(reader), layout.global_batch)
@@ -158,6 +179,17 @@ class TrainLoader:
             self.replaced += batch.replaced
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
+        self.reader.expect(NO_SHARDS)  # validation may need the room
+
+    def _check_window(self, window: int) -> None:
+        """Errors: ValueError where the steps under way could lie in more windows than a cache has room for."""
+        under_way = IN_FLIGHT * self.layout.global_batch
+        per_shard = len(self.reader) / len(self.reader.shard_sizes)
+        if window * per_shard < under_way:
+            raise ValueError(
+                f"data.window {window} holds some {window * per_shard:.0f} samples, fewer than the {under_way} of "
+                f"{IN_FLIGHT} steps, which are read at once: raise it to {math.ceil(under_way / per_shard)}, or to 0"
+            )
 
     def take_replaced(self) -> list[Replaced]:
         """What was replaced since the last call."""
@@ -182,10 +214,13 @@ class TrainLoader:
         """Errors: ValueError where the state is of other data, another seed, window or global batch."""
         here = self.state_dict()
         for name in ("seed", "num_samples", "window"):
-            if state[name] != here[name]:
+            if state.get(name) != here[name]:
                 raise ValueError(
-                    f"cannot resume: {name} was {state[name]}, is {here[name]}; the order would be another"
+                    f"cannot resume: {name} was {state.get(name)}, is {here[name]}; the order would be another"
                 )
+        end = self.steps_per_epoch * self.layout.global_batch
+        if not 0 <= state["position"] < end or state["epoch"] < 0:
+            raise ValueError(f"cannot resume at position {state['position']} of epoch {state['epoch']}: it is damaged")
         if state["position"] % self.layout.global_batch:
             raise ValueError(
                 f"cannot resume at position {state['position']} with global_batch {self.layout.global_batch}: keep it"
@@ -206,21 +241,23 @@ class EvaluationLoader:
     def __init__(
         self, reader: Reader, order: np.ndarray, batch: int, group: int, rank: int, world_size: int, workers: int
     ) -> None:
-        batches = list(evaluation_batches(order, batch, group, rank, world_size))
-        ends = np.cumsum(reader.shard_sizes)
-        own = np.searchsorted(ends, np.concatenate([np.empty(0, np.int64), *batches]), side="right")
-        shards = own[np.sort(np.unique(own, return_index=True)[1])]  # this rank's, in the order of their use
         self._reader = reader
-        self._stream = Stream(
-            reader,
-            lambda: (Item(ids, None, shards) for ids in batches),
-            worker_processes(reader, workers),
-            persistent=False,
-        )
+        self._batches = list(evaluation_batches(order, batch, group, rank, world_size))
+        self._stream = Stream(reader, self._plan, worker_processes(reader, workers), persistent=False)
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._stream
-        self._reader.expect(np.empty(0, np.int64))  # a cache may drop them
+        self._reader.expect(NO_SHARDS)
+
+    def _plan(self) -> Iterator[Item]:
+        """With each batch the shards that this rank still needs: those that it has done with may leave a cache."""
+        ends = np.cumsum(self._reader.shard_sizes)
+        used = [np.searchsorted(ends, ids, side="right") for ids in self._batches]
+        last_use = {shard: i for i, shards in enumerate(used) for shard in shards.tolist()}
+        in_order = list(dict.fromkeys(shard for shards in used for shard in shards.tolist()))
+        for i, sample_ids in enumerate(self._batches):
+            in_order = [shard for shard in in_order if last_use[shard] >= i]
+            yield Item(sample_ids, None, np.array(in_order, np.int64))
 
 
 def worker_processes(reader: Reader, workers: int) -> int:

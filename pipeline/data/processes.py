@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 
 from pipeline.data.batch import Batch
 
+_LAST_MOMENT_SECONDS = 2.0  # from the end of a pipe to the end of its process
 _AHEAD = 2  # items that each worker has at once: one is read while the last is fetched
 
 # Called in a worker: an item, and where to note the sample in hand, int64 (1,).
@@ -54,15 +55,19 @@ class Workers:
 
     def batches(self, items: Iterator[Any]) -> Iterator[Batch]:
         """The batches of `items` in their order. Errors: whatever reading raised; WorkerDied."""
-        self._start()
-        while self._owed:  # of an iteration that was given up
-            self._receive()
-        for number, item in enumerate(items):
-            if len(self._owed) == _AHEAD * self._count:
+        try:
+            self._start()
+            while self._owed:  # of an iteration that was given up
+                self._receive()
+            for number, item in enumerate(items):
+                if len(self._owed) == _AHEAD * self._count:
+                    yield self._result()
+                self._send(number % self._count, item)
+            while self._owed:
                 yield self._result()
-            self._send(number % self._count, item)
-        while self._owed:
-            yield self._result()
+        except (KeyboardInterrupt, SystemExit):
+            self.close()  # what a pipe holds then is not known
+            raise
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -98,6 +103,7 @@ class Workers:
             self._pipes[number].send(item)
         except OSError:  # its other end is closed
             self._raise_death()
+            raise
         self._owed.append(number)
 
     def _result(self) -> Batch:
@@ -110,19 +116,30 @@ class Workers:
 
     def _receive(self) -> Batch | Exception:
         """The next that is owed; a death of any worker is met first."""
-        pipe = self._pipes[self._owed.popleft()]
+        pipe = self._pipes[self._owed[0]]
         ready = connection.wait([pipe, *(process.sentinel for process in self._processes)])
         if ready != [pipe]:
             self._raise_death()
         try:
-            return pipe.recv()
-        except (OSError, EOFError):  # it died while it was sending
+            batch = pipe.recv()
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+        ):  # it died while it was sending, or this process has no descriptor left
             self._raise_death()
+            self.close()
             raise
+        self._owed.popleft()
+        return batch
 
     def _raise_death(self) -> None:
+        """Errors: WorkerDied where one has died; else nothing happens."""
         sentinels = {process.sentinel: i for i, process in enumerate(self._processes)}
-        number = sentinels[connection.wait(list(sentinels))[0]]
+        dead = connection.wait(list(sentinels), timeout=_LAST_MOMENT_SECONDS)
+        if not dead:
+            return
+        number = sentinels[dead[0]]
         process = self._processes[number]
         process.join()
         code = process.exitcode

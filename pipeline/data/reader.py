@@ -39,33 +39,37 @@ class Labels:
     table: np.ndarray  # int64 (classes of the shards,)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read and what is made of them: fields of DataConfig, and the run's seed."""
+
+    image_size: int
+    augment: AugmentConfig
+    seed: int
+    threads: int  # native ones
+    on_bad_sample: Literal["stop", "replace"]
+    check_crc: bool
+
+
 class PictureReader:
     """One split. Safe to fork, and to share between threads."""
 
     def __init__(
-        self,
-        source: Source,
-        labels: Labels,
-        shard_sizes: tuple[int, ...],
-        image_size: int,
-        augment: AugmentConfig,
-        seed: int,
-        threads: int,
-        on_bad_sample: Literal["stop", "replace"] = "stop",
+        self, source: Source, labels: Labels, shard_sizes: tuple[int, ...], samples_sha256: str, reading: Reading
     ) -> None:
         self.source = source
         self.classes = labels.classes
         self.shard_sizes = shard_sizes
-        self.image_size = image_size
-        self.augment = augment
-        self.seed = seed
-        self.on_bad_sample = on_bad_sample
-        self.threaded = native.library() is not None and augment.randaugment is None
+        self.samples_sha256 = samples_sha256
+        self.fetches = source.fetches
+        self.augment = reading.augment
+        self.seed = reading.seed
+        self.reading = reading
+        self.threaded = native.library() is not None and reading.augment.randaugment is None
         self._label_table = labels.table
-        self._threads = threads
         self._pool: tuple[int, native.Pool] | None = None  # with the process that it belongs to
         self._pool_lock = threading.Lock()
-        self._buffers = Buffers((image_size, image_size, 3))
+        self._buffers = Buffers((reading.image_size, reading.image_size, 3))
 
     def __len__(self) -> int:
         return len(self.source.index)
@@ -95,7 +99,7 @@ class PictureReader:
                     in_hand[0] = ids[i]
                 images[i] = self._by_pillow(int(ids[i]), epoch)
             except ValueError as error:
-                if epoch is None or self.on_bad_sample == "stop":
+                if epoch is None or self.reading.on_bad_sample == "stop":
                     raise
                 images[i], other = self._in_place_of(int(ids[i]), epoch, error)
                 replaced.append(Replaced(int(ids[i]), other, str(error)))
@@ -145,7 +149,7 @@ class PictureReader:
             items["kind"] = np.where(form.raw, native.RAW, native.ENCODED)
         a = self.augment
         view = native.View(
-            self.image_size,
+            self.reading.image_size,
             self.seed,
             epoch,
             a.scale,
@@ -154,6 +158,7 @@ class PictureReader:
             a.interpolation,
             a.eval_crop,
             a.eval_crop_share,
+            self.reading.check_crc,
         )
         pool = self._native_pool(in_hand is not None)
         if in_hand is None:
@@ -170,19 +175,19 @@ class PictureReader:
         """This process's own: threads do not survive a fork. A worker process is itself the thread."""
         with self._pool_lock:
             if self._pool is None or self._pool[0] != os.getpid():
-                self._pool = os.getpid(), native.Pool(0 if in_worker else self._threads)
+                self._pool = os.getpid(), native.Pool(0 if in_worker else self.reading.threads)
             return self._pool[1]
 
     def _by_pillow(self, sample_id: int, epoch: int | None) -> np.ndarray:
         """uint8 (S, S, 3). Reads the sample anew: what is wrong with it is found here, and said."""
         picture = self._picture(sample_id)
         if epoch is None:
-            return np.asarray(evaluation_transform(self.augment, self.image_size)(picture)).transpose(1, 2, 0)
+            return np.asarray(evaluation_transform(self.augment, self.reading.image_size)(picture)).transpose(1, 2, 0)
         crop = training_crops([picture.size], np.array([sample_id]), self.seed, epoch, self.augment)[0]
-        return np.asarray(apply_training(picture, crop, self.image_size, self.augment))
+        return np.asarray(apply_training(picture, crop, self.reading.image_size, self.augment))
 
     def _picture(self, sample_id: int) -> Image.Image:
-        data = checked_bytes(self.source, sample_id)
+        data = checked_bytes(self.source, sample_id, self.reading.check_crc)
         form = self.source.form(np.array([sample_id]))
         if form is None:
             return decode_rgb(data, self.where(sample_id))
@@ -230,11 +235,17 @@ class Buffers:
             return torch.empty((count, *self._shape), dtype=torch.uint8, pin_memory=True)
         with self._lock:
             self._arrays = [array for array in self._arrays if len(array) == count]
-            for array in self._arrays:
-                # Held by the list, by the loop, and by the call: a tensor, or a view of one, would hold it too.
-                if sys.getrefcount(array) == 3:
+            for array, references in zip(self._arrays, _references(self._arrays), strict=True):
+                if references == _IDLE:  # a tensor, or a view of one, would hold it too
                     return torch.from_numpy(array)
             array = np.empty((count, *self._shape), np.uint8)
             if len(self._arrays) < self._most:
                 self._arrays.append(array)
         return torch.from_numpy(array)
+
+
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+_IDLE = _references([np.empty(0)])[0]  # of an array that a list alone holds: versions of Python count differently

@@ -24,6 +24,7 @@ class TarSource:
         self.folder = folder
         self.shards = manifest.shards
         self.cache = cache
+        self.fetches = cache is not None
         verify = f"run `python -m data_prep verify {folder}/{manifest.path.name}`"
         self._verify = f"{verify} and write this shard again"
         if cache is None:

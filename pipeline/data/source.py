@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from isal.isal_zlib import crc32
 
 from pipeline.data.index import SampleIndex
 
-_OPEN_FILES = 128  # a process may open 1,024 by default, and ImageNet has more shards than that
+_MOST_OPEN_FILES = 4096
 
 
 class Form(NamedTuple):
@@ -27,6 +29,7 @@ class Source(Protocol):
     """The pictures of a split, as bytes in files."""
 
     index: SampleIndex
+    fetches: bool  # whether its files come from a store
 
     def file(self, number: int) -> OpenFile:
         """One of the index's files, open for reading."""
@@ -75,9 +78,10 @@ class OpenFile:
 class OpenFiles:
     """The files used last, by number. Threads may share it."""
 
-    def __init__(self, open_file: Callable[[int], int], most: int = _OPEN_FILES) -> None:
+    def __init__(self, open_file: Callable[[int], int]) -> None:
         self._open = open_file
-        self._most = most
+        # Half of what the process may have: opening anew is a request to the server of a network file system.
+        self._most = min(_MOST_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._files: OrderedDict[int, OpenFile] = OrderedDict()
         self._wanted: frozenset[int] | None = None  # None: any
         self._lock = threading.Lock()
@@ -87,7 +91,13 @@ class OpenFiles:
             if number in self._files:
                 self._files.move_to_end(number)
                 return self._files[number]
-        file = OpenFile(self._open(number))  # may wait for a store: others go on
+        try:
+            file = OpenFile(self._open(number))  # may wait for a store: others go on
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            reason = "this process may open no more files: raise `ulimit -n`, or lower micro_batch"
+            raise OSError(error.errno, reason, error.filename) from error
         with self._lock:
             if self._wanted is None or number in self._wanted:  # else of a batch that was begun before keep()
                 self._files[number] = file
@@ -103,7 +113,7 @@ class OpenFiles:
                 del self._files[number]
 
 
-def checked_bytes(source: Source, sample_id: int) -> bytes:
+def checked_bytes(source: Source, sample_id: int, check_crc: bool = True) -> bytes:
     """A sample's bytes as they stand in its file.
 
     Errors: ValueError naming file and sample where they are not those that the index tells of; OSError where the file
@@ -116,7 +126,7 @@ def checked_bytes(source: Source, sample_id: int) -> bytes:
         data = os.pread(file.descriptor, int(record["size"]), int(record["offset"]))
     except OSError as error:  # a bad sector: of this sample, not of the file
         raise ValueError(f"{source.where(sample_id)}: cannot be read ({error}); {source.mend(number)}") from error
-    if len(data) != record["size"] or crc32(data) != record["crc32"]:
+    if len(data) != record["size"] or (check_crc and crc32(data) != record["crc32"]):
         raise ValueError(
             f"{source.where(sample_id)}: the bytes are not those that were written (CRC differs); {source.mend(number)}"
         )

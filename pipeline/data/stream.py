@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.data.batch import Batch, Reader
 from pipeline.data.processes import Death, WorkerDied, Workers
 
-_IN_FLIGHT = 3  # batches on the threads: one ends while the next is under way, and one waits
+IN_FLIGHT = 3  # batches on the threads: one ends while the next is under way, and one waits
 
 
 class Item(NamedTuple):
@@ -38,10 +38,25 @@ class Stream:
         self._reader = reader
         self._plan = plan
         self._persistent = persistent
+        self._iteration = 0
         self._workers = Workers(processes, _ReadItem(reader)) if processes else None
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._from_threads() if self._workers is None else self._from_processes(self._workers)
+        """Errors: RuntimeError in an iteration that goes on after another has begun: they would share one plan."""
+        self._iteration += 1
+        mine = self._iteration
+        for batch in self._batches(mine):
+            yield batch
+            if mine != self._iteration:
+                raise RuntimeError("another iteration of this loader has begun: only the newest goes on")
+
+    def _batches(self, mine: int) -> Iterator[Batch]:
+        if self._workers is not None:
+            return self._from_processes(self._workers, mine)
+        if self._reader.threaded:
+            return self._from_threads()
+        # RandAugment draws from global generators, which a thread would seed under the caller's hands.
+        return map(_ReadItem(self._reader), self._plan())
 
     def close(self) -> None:
         """Ends the worker processes; another iteration starts them again."""
@@ -49,29 +64,37 @@ class Stream:
             self._workers.close()
 
     def _from_threads(self) -> Iterator[Batch]:
-        read = _ReadItem(self._reader)
-        # RandAugment draws from global generators, which two threads would seed for one another.
-        threads = _IN_FLIGHT if self._reader.threaded else 1
-        with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
-            coming: collections.deque[Future[Batch]] = collections.deque()
+        tell = _Expected(self._reader)
+        with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="loader") as pool:
+            coming: collections.deque[tuple[Item, Future[Batch]]] = collections.deque()
+
+            def oldest() -> Batch:
+                # What is needed from the oldest on: none of those under way may lose a shard.
+                tell(coming[0][0].shards)
+                batch = coming[0][1].result()
+                coming.popleft()
+                return batch
+
             try:
                 for item in self._plan():
-                    coming.append(pool.submit(read, item))
-                    if len(coming) == _IN_FLIGHT:
-                        yield coming.popleft().result()
+                    if not coming:
+                        tell(item.shards)
+                    coming.append((item, pool.submit(self._reader.batch, item.sample_ids, item.epoch)))
+                    if len(coming) == IN_FLIGHT:
+                        yield oldest()
                 while coming:
-                    yield coming.popleft().result()
+                    yield oldest()
             finally:
-                for future in coming:
+                for _, future in coming:
                     future.cancel()
 
-    def _from_processes(self, workers: Workers) -> Iterator[Batch]:
+    def _from_processes(self, workers: Workers, mine: int) -> Iterator[Batch]:
         try:
             yield from workers.batches(self._plan())
         except WorkerDied as error:
             raise ChildProcessError(self._last_words(error.death)) from None
         finally:
-            if not self._persistent:
+            if not self._persistent and mine == self._iteration:
                 workers.close()
 
     def _last_words(self, death: Death) -> str:
@@ -82,16 +105,27 @@ class Stream:
         )
 
 
-class _ReadItem:
-    """Reads an item, after telling the reader of the shards it needs, where they have changed."""
+class _Expected:
+    """Tells a reader of the shards it needs, where they have changed."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._told: np.ndarray | None = None
 
+    def __call__(self, shards: np.ndarray) -> None:
+        if self._told is None or not np.array_equal(shards, self._told):
+            self._reader.expect(shards)
+            self._told = shards
+
+
+class _ReadItem:
+    """Reads one item after another."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._tell = _Expected(reader)
+
     def __call__(self, item: Item, in_hand: np.ndarray | None = None) -> Batch:
         """in_hand: where a worker process notes its sample."""
-        if self._told is None or not np.array_equal(item.shards, self._told):
-            self._reader.expect(item.shards)
-            self._told = item.shards
+        self._tell(item.shards)
         return self._reader.batch(item.sample_ids, item.epoch, in_hand)

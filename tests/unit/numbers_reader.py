@@ -13,6 +13,8 @@ class Numbers:
     """A reader without files; its pictures tell sample and epoch."""
 
     classes = ("even", "odd")
+    fetches = False
+    samples_sha256 = "numbers"
     threaded = False  # workers are processes; none reads on threads
 
     def __init__(self, n: int, shard_sizes: tuple[int, ...] | None = None) -> None:

@@ -89,7 +89,7 @@ def test_first_batch_memory_and_decoding_are_measured(manifest, tmp_path, capsys
     assert command.main(words) == 0
     rows = {(row["part"], row["contestant"]): row for row in read_rows(output)}
     names = ("tars", "webdataset")
-    alone = ("threads_1", "threads_2", "loader") if native.library() is not None else ()
+    alone = ("threads_1", "threads_2", "unchecked", "loader") if native.library() is not None else ()
     by_part = {"first batch": names, "decode alone": alone, "memory": names}
     assert list(rows) == [(part, name) for part, of_part in by_part.items() for name in of_part]
     assert rows["first batch", "tars"]["n"] == 2 and rows["first batch", "webdataset"]["compared_with"] == "tars"

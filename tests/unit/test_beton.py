@@ -114,6 +114,20 @@ def test_shards_are_not_needed_to_read_a_beton(split_copy):
     assert beton(split_copy).batch(np.array([1, 2]), None).images.equal(expected)
 
 
+def test_a_beton_of_other_pictures_than_the_shards_is_refused(split_copy, raw_split):
+    """Whole and with its own record, but of another order: sample ids would mean other pictures."""
+    manifest = read_manifest(split_copy)
+    shards = manifest.shards
+    entries = []
+    for shard in (shards[1], shards[0]):
+        path = manifest.folder / shard.index_name
+        entries.append(unpack_index(path.read_bytes(), path))
+    assert [e.label for e in entries[0]] != [e.label for e in entries[1]]
+    write_manifest(dataclasses.replace(manifest, shards=(shards[1], shards[0], *shards[2:])))
+    with pytest.raises(ValueError, match=r"train\.beton holds other pictures than the shards of .*data_prep beton"):
+        beton(split_copy)
+
+
 def swap_pointers(tables: Beton) -> None:
     tables.pictures["data_ptr"][[3, 4]] = tables.pictures["data_ptr"][[4, 3]]
 

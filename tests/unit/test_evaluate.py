@@ -29,6 +29,8 @@ class Pictures:
     """2 x 2 pictures in memory, each a weak sign of its class under strong noise."""
 
     shard_sizes = (N,)
+    fetches = False
+    samples_sha256 = "pictures"
     threaded = False
 
     def __init__(self, order: np.ndarray | None = None, classes: int = CLASSES) -> None:

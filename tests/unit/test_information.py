@@ -44,6 +44,8 @@ class Pictures:
     """4 x 4 pictures in memory, each a weak sign of its class under strong noise."""
 
     shard_sizes = (N,)
+    fetches = False
+    samples_sha256 = "pictures"
     threaded = False
 
     def __init__(self) -> None:

@@ -144,6 +144,39 @@ def test_training_leaves_the_workers_generators_out():
     assert found[0] == found[1]
 
 
+def test_randaugment_leaves_the_caller_s_generators_alone(jpg_split):
+    """Without worker processes too: it is done between the caller's own steps, not beside them."""
+    augment = AugmentConfig(randaugment="rand-m9-mstd0.5-inc1")
+    expected = list(TrainLoader(tars(jpg_split, augment), ONE_RANK, 5, 0))
+    np.random.seed(3)
+    drawn = [np.random.rand(50).tolist() for _ in expected]
+    np.random.seed(3)
+    for batch, whole, mine in zip(TrainLoader(tars(jpg_split, augment), ONE_RANK, 5, 0), expected, drawn, strict=True):
+        assert [np.random.rand() for _ in range(50)] == mine
+        assert same(batch, whole)
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_only_the_newest_iteration_goes_on(threaded):
+    """Two would move one place in the epoch: the older is told."""
+    numbers = Numbers(26)
+    numbers.threaded = threaded
+    loader = TrainLoader(numbers, ONE_RANK, 5, 0)
+    older, newer = iter(loader), iter(loader)
+    first = next(older)
+    assert next(newer).sample_ids.equal(first.sample_ids)
+    with pytest.raises(RuntimeError, match="another iteration of this loader has begun"):
+        next(older)
+    assert len(list(newer)) == 5
+
+
+@pytest.mark.parametrize(("epoch", "position"), [(0, 24), (0, -8), (-1, 0)])
+def test_a_damaged_state_is_refused(epoch, position):
+    loader = TrainLoader(Numbers(26), ONE_RANK, 5, 0)
+    with pytest.raises(ValueError, match=rf"cannot resume at position {position} of epoch {epoch}: it is damaged"):
+        loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "position": position})
+
+
 # Evaluation
 
 
@@ -155,7 +188,7 @@ def test_evaluation_sees_each_once_over_the_ranks(world_size, workers):
     seen = [ids_of(list(EvaluationLoader(Numbers(23), order, 6, 4, r, world_size, workers))) for r in ranks]
     found = [i for own in seen for batch in own for i in batch]
     assert found == order.tolist()[: len(found)]
-    assert len(found) == (23 if workers == 0 or world_size == 1 else len(found))
+    assert len(found) == (23 if workers == 0 or world_size == 1 else 6 // world_size * 4)
     groups = [batch[i : i + 4] for own in seen for batch in own for i in range(0, len(batch), 4)]
     assert groups == [order[i : i + 4].tolist() for i in range(0, len(found), 4)]
 

@@ -1,5 +1,7 @@
 """A loader process that dies ends the iteration, naming the sample that it had; and it ends with its trainer."""
 
+import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import psutil
 import pytest
 from small_shards import tars
 
-from pipeline.data import reader
+from pipeline.data import processes, reader
 from pipeline.data.augment import AugmentConfig, apply_randaugment
 from pipeline.data.loader import TrainLoader
 from pipeline.data.order import Layout
@@ -91,6 +93,41 @@ def test_an_iteration_that_is_given_up_leaves_nothing_behind(split_copy):
     assert next(iter(loader)).sample_ids.tolist() == whole[0]
     loader.load_state_dict(loader.state_dict() | {"epoch": 0, "position": 8})
     assert [batch.sample_ids.tolist() for batch in loader] == whole[2:]
+
+
+def test_an_interrupt_leaves_no_batch_for_the_next_iteration(split_copy, monkeypatch):
+    """Ctrl-C while a result is awaited, in a notebook that goes on with the same loader."""
+    loader = TrainLoader(tars(split_copy, AUGMENT), Layout(0, 1, 4, 1), 5, workers=2)
+    whole = [batch.sample_ids.tolist() for batch in loader]
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0})
+    wait, waits = processes.connection.wait, itertools.count()
+
+    def interrupted(*arguments, **options):
+        if next(waits) == 2:
+            raise KeyboardInterrupt
+        return wait(*arguments, **options)
+
+    monkeypatch.setattr(processes.connection, "wait", interrupted)
+    batches = iter(loader)
+    assert [next(batches).sample_ids.tolist() for _ in range(2)] == whole[:2]
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert [batch.sample_ids.tolist() for batch in loader] == whole[2:]
+    loader.close()
+
+
+def test_a_trainer_without_descriptors_is_told_so(split_copy, monkeypatch):
+    """What its batches come in cannot be opened: no worker has died, and nobody waits for one that has."""
+    loader = TrainLoader(tars(split_copy, AUGMENT), Layout(0, 1, 4, 1), 5, workers=2)
+    batches = iter(loader)
+    next(batches)
+    monkeypatch.setattr(processes.connection.Connection, "recv", too_many_open_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        next(batches)
+
+
+def too_many_open_files(pipe):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 OWNER = """

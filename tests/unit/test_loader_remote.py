@@ -15,8 +15,8 @@ from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import DataConfig, EvaluationLoader, TrainLoader, open_split
 from pipeline.data.order import Layout
 
-LAYOUT = Layout(0, 1, 4, 1)
-STEPS = 15  # of 6 an epoch
+LAYOUT = Layout(0, 1, 2, 1)
+STEPS = 30  # of 12 an epoch
 
 
 @pytest.fixture
@@ -124,9 +124,24 @@ def test_an_evaluating_rank_fetches_its_own_shards_alone(store, tmp_path):
     [(3.1, 0, r"raise it, or set data\.window"), (3.1, 2, r"raise it, or lower data\.window 2")],
 )
 def test_a_cache_without_room_for_what_is_needed_at_once_is_refused(store, tmp_path, room, window, mend):
-    with pytest.raises(ValueError, match=rf"data\.cache\.gigabytes is .* of shards are needed at once: {mend}"):
+    with pytest.raises(ValueError, match=rf"data\.cache\.gigabytes is .* of train's shards are needed at once: {mend}"):
         remote(store, tmp_path, room, window=window)
     remote(store, tmp_path, room, window=1)
+
+
+def test_a_split_larger_than_the_cache_is_evaluated(store, tmp_path):
+    """In the manifest's order a shard that is done with makes room for the next, also while training's are open."""
+    training = TrainLoader(remote(store, tmp_path, 2.1, window=1), LAYOUT, 5, 0, window=1)
+    list(training)
+    evaluation = EvaluationLoader(remote(store, tmp_path, 2.1, window=1), np.arange(24), 5, 1, 0, 1, 0)
+    assert [i for batch in evaluation for i in batch.sample_ids.tolist()] == list(range(24))
+    list(training)
+
+
+def test_steps_that_span_more_windows_than_there_is_room_for_are_refused(store, tmp_path):
+    """Three steps of 4 samples are under way at once, and a window of one shard has 6: they could wait for ever."""
+    with pytest.raises(ValueError, match=r"data\.window 1 holds some 6 samples, fewer than the 12 .*: raise it to 2,"):
+        TrainLoader(remote(store, tmp_path, 2.5, window=1), Layout(0, 2, 2, 1), 5, 0, window=1)
 
 
 def test_a_beton_is_not_read_from_a_store(store, tmp_path):

@@ -212,3 +212,18 @@ def test_a_missing_manifest_or_a_folder_is_refused(jpg_split):
 def test_out_of_range_options_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=rf"data\.{name} is"):
         DataConfig(**options)
+
+
+@READERS
+def test_checksums_are_looked_at_unless_asked_not_to(split_copy, reader):
+    """Off, a flipped bit of a picture's entropy code passes as some other picture: that is why it is on."""
+    name = "train-000000.tar" if reader is tars else "train.beton"
+    place = reader(split_copy).source.index.records(np.array([3]))[0]
+    path = split_copy.parent / name
+    data = bytearray(path.read_bytes())
+    data[int(place["offset"]) + int(place["size"]) * 2 // 3] ^= 1
+    expected = reader(split_copy).batch(np.array([3]), None).images
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"sample 3 .*CRC"):
+        reader(split_copy).batch(np.array([3]), None)
+    assert not reader(split_copy, check_crc=False).batch(np.array([3]), None).images.equal(expected)

@@ -1,0 +1,45 @@
+"""Ranks that have opened different data stop at once, instead of training on both, or waiting for each other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent.parent
+RANK = """
+import os, sys
+import torch.distributed as dist
+from pipeline.parallel import Ranks, require_same_on_all_ranks
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+digests = {"data.train": "a", "data.val": sys.argv[1 + rank]}
+try:
+    require_same_on_all_ranks(digests, Ranks(rank, 2, launched=True))
+    print("agreed")
+except ValueError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("digests", "answer"),
+    [
+        (("b", "b"), "agreed"),
+        (("b", "c"), "rank 1 has other samples or labels in data.val than rank 0: give all nodes the same files"),
+    ],
+)
+def test_all_ranks_are_told(tmp_path, digests, answer):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "rank.py"), *digests],
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [answer, answer]
