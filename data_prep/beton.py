@@ -183,6 +183,7 @@ def _record(written: BetonFile, file: IO[bytes], options: BetonOptions, on_done:
         mode=options.mode,
         max_resolution=options.max_resolution,
         jpeg_quality=options.form.jpeg_quality,
+        tables_sha256=hashlib.sha256(b"".join(values.tobytes() for _, values in written.tables)).hexdigest(),
     )
 
 

@@ -79,6 +79,7 @@ class BetonRecord:
     mode: str  # "raw", "jpg" or "proportion"
     max_resolution: int | None  # longest side in pixels, None where the originals were kept
     jpeg_quality: int | None
+    tables_sha256: str | None = None  # of header, fields, metadata and table of places; None in older manifests
 
     @property
     def index_name(self) -> str:

@@ -8,6 +8,7 @@ the index beside the file, and a picture comes out the same as from a tar.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ _JPG, _RAW = 0, 1  # modes of a picture
 class _Tables(NamedTuple):
     """Mapped, as the index is: of a million samples they are 56 MB."""
 
+    head: bytes  # header and fields
     rows: np.ndarray  # _ROW (n,)
     places: np.ndarray  # _PLACE (n,)
 
@@ -66,6 +68,7 @@ class BetonSource:
         tables = self._tables(manifest.num_samples, size)
         self._check_pictures(tables, size)
         self._check_index(tables, index.path)
+        self._check_digest(tables, record.tables_sha256)
         self._check_shards(manifest)
         self._pictures = tables.rows["picture"]
         self._file = OpenFile(os.open(self.path, os.O_RDONLY))
@@ -117,7 +120,7 @@ class BetonSource:
         if first_row + num_samples * _ROW.itemsize > length or table + num_samples * _PLACE.itemsize != length:
             raise ValueError(f"{self.path} has its table of places elsewhere than at its end: {self._mend}")
         rows = np.memmap(self.path, _ROW, "r", first_row, (num_samples,))
-        return _Tables(rows, np.memmap(self.path, _PLACE, "r", table, (num_samples,)))
+        return _Tables(head, rows, np.memmap(self.path, _PLACE, "r", table, (num_samples,)))
 
     def _check_pictures(self, tables: _Tables, length: int) -> None:
         """Errors: ValueError for a picture that does not lie inside the file, or has an impossible form."""
@@ -148,6 +151,14 @@ class BetonSource:
             raise ValueError(
                 f"{self.path}: sample {int(wrong.argmax())} has other metadata than in {path}: {self._mend}"
             )
+
+    def _check_digest(self, tables: _Tables, sha256: str | None) -> None:
+        """Errors: ValueError where the tables are not those that were written, in whatever way."""
+        digest = hashlib.sha256(tables.head)
+        for values in (tables.rows, tables.places):
+            digest.update(values.data)
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise ValueError(f"{self.path} has other tables than those that were written: {self._mend}")
 
     def _check_shards(self, manifest: Manifest) -> None:
         """Errors: ValueError where the shards' indexes, if they are here too, tell of other samples."""

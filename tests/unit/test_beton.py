@@ -195,10 +195,23 @@ def test_damaged_metadata_are_refused_when_opened(split_copy, name):
     ("field", "value"), [("width", 63), ("width", 65), ("height", 63), ("height", 65), ("width", 32), ("height", 200)]
 )
 def test_metadata_of_another_picture_s_size_are_refused(split_copy, field, value):
-    """turbojpeg scales, or writes only a part of the buffer, and reports a success."""
+    """In an older manifest, without the tables' digest, the picture's own header tells."""
+    manifest = read_manifest(split_copy)
+    write_manifest(dataclasses.replace(manifest, beton=dataclasses.replace(manifest.beton, tables_sha256=None)))
     set_field(field, value)(Beton(split_copy))
     with pytest.raises(ValueError, match=r"sample 3 of .*\(64, 64\)"):
         beton(split_copy).batch(np.array([2, 3]), epoch=0)
+
+
+def test_raw_pixels_of_another_form_are_refused(raw_split, tmp_path):
+    """As many bytes, with the same CRC: 32 x 128 pixels instead of 64 x 64 would be another picture."""
+    copy = Path(shutil.copytree(raw_split.parent, tmp_path / "copy")) / raw_split.name
+    set_field("width", 32)(tables := Beton(copy))
+    set_field("height", 128)(tables)
+    with pytest.raises(
+        ValueError, match=r"train\.beton has other tables than those that were written.*data_prep beton"
+    ):
+        beton(copy)
 
 
 def test_a_size_too_short_is_refused(split_copy):
