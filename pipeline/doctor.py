@@ -172,7 +172,10 @@ _LOADER_PROBE = """
 from pipeline.data import native
 
 library = native.library()
-print("note Pillow alone" if library is None else f"ok by native threads, {library.nn_loader_lanes().decode()}")
+if library is None:
+    print("note Pillow alone")
+else:
+    print("ok by native threads,", library.nn_loader_lanes().decode(), "- entropy decoder:", library.nn_loader_entropy_decoder().decode())
 """
 
 _FFCV_PROBE = """

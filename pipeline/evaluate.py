@@ -26,6 +26,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.batch import Reader
+from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import DataConfig, EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
 from pipeline.models import WEIGHTS_NAME, ModelConfig, Preprocess, create_model
@@ -55,6 +56,8 @@ class EvaluateConfig:
     workers: int = 2
     output: Path | None = None
     """Where the JSON result goes; by default into the run folder, named after the noise."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """For data in a store, on this machine; the checkpoint's was the training machine's."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -193,7 +196,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
     """Per image first, then the noise in each order. Under torchrun each rank takes its share, and rank 0 writes."""
     checkpoint = open_checkpoint(config.checkpoint)
-    data = replace(checkpoint.data, format=config.format, workers=config.workers)
+    data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
     augment = replace(checkpoint.augment, randaugment=None)  # it is training's
     reader = open_split(config.data, data, augment, checkpoint.seed)
     if reader.classes != checkpoint.classes:

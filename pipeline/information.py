@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import recorded_sha256, write_json
 from pipeline.data.batch import Reader
+from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
 from pipeline.evaluate import Checkpoint, Order, load_model, open_checkpoint
@@ -64,6 +65,8 @@ class EntropyConfig:
     workers: int = 2
     output: Path | None = None
     """Where the JSON result goes; by default into the run folder, named after the noise."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """For data in a store, on this machine; the checkpoint's was the training machine's."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("workers", 0), ("axes", 1)):
@@ -293,7 +296,7 @@ def measure_information(config: EntropyConfig, ranks: Ranks) -> list[Information
         raise ValueError(f"entropy runs in one process, here are {ranks.world_size} ranks: start it without torchrun")
     checkpoint = open_checkpoint(config.checkpoint)
     wanted = list(noises(config, checkpoint.noise))
-    data = replace(checkpoint.data, format=config.format, workers=config.workers)
+    data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
     reader = open_split(config.data, data, replace(checkpoint.augment, randaugment=None), checkpoint.seed)
     if reader.classes != checkpoint.classes:
         raise ValueError(

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.noise.reference import Purpose, stream_of
 
 LIBRARY = Path(__file__).parent / "csrc" / "libnoisynn_loader.so"
-ABI = 1
+ABI = 2
 ITEM = np.dtype(
     [
         ("fd", "<i4"),
@@ -55,6 +55,8 @@ class View:
     interpolation: Literal["bilinear", "bicubic"]
     eval_crop: Literal["center", "squash"]
     eval_crop_share: float
+    verify: bool = True
+    """Whether checksums are looked at. False is there to measure what that costs."""
 
 
 class _View(ctypes.Structure):
@@ -69,6 +71,8 @@ class _View(ctypes.Structure):
         ("flip_stream", ctypes.c_uint32),
         ("interpolation", ctypes.c_int32),
         ("squash", ctypes.c_int32),
+        ("verify", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
         ("scale", ctypes.c_double * 2),
         ("ratio", ctypes.c_double * 2),
         ("flip", ctypes.c_double),
@@ -91,7 +95,7 @@ def library() -> ctypes.CDLL | None:
         print(f"note: {LIBRARY} cannot be used ({error}): {mend}", file=sys.stderr)
         return None
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
-    loaded.nn_loader_lanes.restype = ctypes.c_char_p
+    loaded.nn_loader_lanes.restype = loaded.nn_loader_entropy_decoder.restype = ctypes.c_char_p
     loaded.nn_pool_open.restype = loaded.nn_job_submit.restype = pointer
     loaded.nn_job_submit.argtypes = (pointer, pointer, i64, ctypes.POINTER(_View), pointer, pointer, pointer)
     loaded.nn_training_crops.argtypes = (pointer, pointer, i64, ctypes.POINTER(_View), pointer)
@@ -124,6 +128,8 @@ def _as_struct(view: View) -> _View:
         stream_of("image", Purpose.FLIP),
         _INTERPOLATION[view.interpolation],
         view.eval_crop == "squash",
+        view.verify,
+        0,
         tuple(view.scale),
         tuple(view.ratio),
         view.flip,
@@ -139,7 +145,7 @@ class Pool:
         loaded = _built()
         self.handle = loaded.nn_pool_open(threads)
         if self.handle is None:
-            raise OSError(f"{threads} reading threads cannot be started: give data.threads a smaller number")
+            raise OSError(f"{threads} reading threads cannot be started: lower data.workers")
         # Also at the interpreter's end.
         self._end = weakref.finalize(self, _end_pool, loaded, self.handle, os.getpid())
 

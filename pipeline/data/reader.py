@@ -26,7 +26,7 @@ from pipeline.data.augment import (
 )
 from pipeline.data.batch import Batch, Replaced
 from pipeline.data.decode import decode_rgb
-from pipeline.data.source import Source, checked_bytes
+from pipeline.data.source import Source, WrongBytes, checked_bytes
 
 REPLACEMENTS = 16  # samples that are tried in place of one: a whole shard that is bad ends the run
 
@@ -99,7 +99,10 @@ class PictureReader:
                     in_hand[0] = ids[i]
                 images[i] = self._by_pillow(int(ids[i]), epoch)
             except ValueError as error:
-                if epoch is None or self.reading.on_bad_sample == "stop":
+                # A shard was whole when it came from its store: this machine's copy alone is damaged, and other ranks
+                # would not replace what this one does.
+                of_here = self.fetches and isinstance(error, WrongBytes)
+                if epoch is None or self.reading.on_bad_sample == "stop" or of_here:
                     raise
                 images[i], other = self._in_place_of(int(ids[i]), epoch, error)
                 replaced.append(Replaced(int(ids[i]), other, str(error)))

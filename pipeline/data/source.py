@@ -113,10 +113,14 @@ class OpenFiles:
                 del self._files[number]
 
 
+class WrongBytes(ValueError):
+    """A file does not hold what its index says."""
+
+
 def checked_bytes(source: Source, sample_id: int, check_crc: bool = True) -> bytes:
     """A sample's bytes as they stand in its file.
 
-    Errors: ValueError naming file and sample where they are not those that the index tells of; OSError where the file
+    Errors: WrongBytes naming file and sample where they are not those that the index tells of; OSError where the file
     itself cannot be had.
     """
     record = source.index.records(np.array([sample_id]))[0]
@@ -125,9 +129,9 @@ def checked_bytes(source: Source, sample_id: int, check_crc: bool = True) -> byt
     try:
         data = os.pread(file.descriptor, int(record["size"]), int(record["offset"]))
     except OSError as error:  # a bad sector: of this sample, not of the file
-        raise ValueError(f"{source.where(sample_id)}: cannot be read ({error}); {source.mend(number)}") from error
+        raise WrongBytes(f"{source.where(sample_id)}: cannot be read ({error}); {source.mend(number)}") from error
     if len(data) != record["size"] or (check_crc and crc32(data) != record["crc32"]):
-        raise ValueError(
+        raise WrongBytes(
             f"{source.where(sample_id)}: the bytes are not those that were written (CRC differs); {source.mend(number)}"
         )
     return data

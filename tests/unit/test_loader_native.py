@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,14 @@ def test_wrong_bytes_are_told_and_their_rows_are_zero(samples, opened, tmp_path,
     rows = np.array(list(bad))
     assert not out[rows].any()
     assert np.array_equal(np.delete(out, rows, 0), np.delete(expected(samples), rows, 0))
+
+
+@needs_library
+def test_checksums_are_looked_at_unless_a_benchmark_says_otherwise(opened):
+    items, pool, out = opened.copy(), native.Pool(0), batch(COUNT)
+    items["crc32"] ^= 1
+    assert VIEW.verify and (pool.submit(items, VIEW, out).wait() == native.WRONG_BYTES).all()
+    assert (pool.submit(items, replace(VIEW, verify=False), out).wait() == native.OK).all()
 
 
 @needs_library

@@ -82,9 +82,10 @@ def test_a_shard_that_cannot_be_had_ends_the_run_by_name(store, tmp_path, fault,
         list(loader)
 
 
-def test_a_damaged_picture_is_named_by_its_url(store, sizes_split, tmp_path):
-    """Damaged on the local disk, after its shard was fetched and checked."""
-    reader = remote(store, tmp_path)
+@pytest.mark.parametrize("on_bad_sample", ["stop", "replace"])
+def test_a_damaged_picture_is_named_by_its_url(store, tmp_path, on_bad_sample):
+    """Damaged on this machine's disk, after its shard was fetched and checked: other ranks would not replace it."""
+    reader = remote(store, tmp_path, on_bad_sample=on_bad_sample)
     reader.read(9)
     (path,) = tmp_path.glob("*.tar")
     data = bytearray(path.read_bytes())

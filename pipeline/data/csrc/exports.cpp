@@ -5,7 +5,6 @@
 
 #include "jpeg_header.h"
 #include "pool.h"
-#include "restart.h"
 
 #define NN_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -34,10 +33,15 @@ struct Pixels {
 
 using namespace noisynn;
 
-NN_EXPORT int32_t nn_loader_abi() { return 1; }
+NN_EXPORT int32_t nn_loader_abi() { return 2; }
 
 // nullptr where NOISYNN_LANES names what this processor has not.
 NN_EXPORT const char* nn_loader_lanes() { return resize_kernels() == nullptr ? nullptr : resize_kernels()->name; }
+
+// Whose entropy decoder reads what can be read in part.
+NN_EXPORT const char* nn_loader_entropy_decoder() {
+    return replaces_entropy_decoder() ? entropy_kernels().name : "libjpeg's";
+}
 
 NN_EXPORT void* nn_pool_open(int32_t threads) {
     try {
@@ -105,16 +109,17 @@ NN_EXPORT int32_t nn_decode_window(const uint8_t* data, uint32_t size, const int
     try {
         Workspace workspace;
         JpegHeader header;
-        if (!read_jpeg_header(data, size, header) || !has_end(data, size, header)) return ask_reference;
+        uint8_t* bytes = workspace.file.take(size);
+        std::memcpy(bytes, data, size);
+        if (!read_jpeg_header(bytes, size, header) || !has_end(bytes, size, header)) return ask_reference;
         const Box box{window[0], window[1], window[2], window[3]};
         if (box.left < 0 || box.top < 0 || box.width < 1 || box.height < 1) return ask_reference;
         if (box.width > header.width - box.left || box.height > header.height - box.top) return ask_reference;
-        Splice part;
-        *spliced = splice(data, size, header, box, workspace.segments, workspace.spliced, part);
         Pixels pixels{out, box.width};
-        Item item{};
-        item.size = size;
-        return window_of(data, item, header, box, workspace, Pixels::take, &pixels) ? ok : ask_reference;
+        bool spared;
+        const bool good = decode_window(bytes, size, header, box, workspace.decoder, spared, Pixels::take, &pixels);
+        *spliced = spared;
+        return good ? ok : ask_reference;
     } catch (...) {
         return ask_reference;
     }

@@ -3,8 +3,14 @@
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
+#include <cstring>
+#include <memory>
 
 #include <jpeglib.h>
+// libjpeg's own header: of what it tells, only that the entropy decoder begins with start_pass and decode_mcu is used.
+#include <jpegint.h>
+
+#include "mcu_source.h"
 
 namespace noisynn {
 namespace {
@@ -61,6 +67,12 @@ int crop_columns(jpeg_decompress_struct& info, Box window) {
     return int(first);
 }
 
+// All rows of MCUs but those that the window, or the upsampling of its first row, needs.
+void skip_rows(jpeg_decompress_struct& info, Box window) {
+    const int unit = info.max_v_samp_factor * DCTSIZE, above = std::max(window.top - 1, 0) / unit * unit;
+    if (above > 0) jpeg_skip_scanlines(&info, JDIMENSION(above));
+}
+
 // Comes here with rows above the window left to read, at most some rows of MCUs.
 void read_rows(jpeg_decompress_struct& info, Box window, int left, uint8_t* strip, TakeRows take, void* context) {
     const size_t stride = 4 * size_t(info.output_width);
@@ -82,9 +94,42 @@ void read_rows(jpeg_decompress_struct& info, Box window, int left, uint8_t* stri
     }
 }
 
-}  // namespace
+boolean next_mcu(j_decompress_ptr info, JBLOCKROW* blocks) {
+    if (!static_cast<McuSource*>(info->client_data)->next(blocks)) give_up(reinterpret_cast<j_common_ptr>(info));
+    return TRUE;
+}
 
-bool decode_window(const uint8_t* data, size_t size, Box window, Buffer& strip, TakeRows take, void* context) {
+bool set_tables(const jpeg_decompress_struct& info, bool skips, McuSource& source) {
+    McuPlan& plan = source.plan_room;
+    plan.blocks = info.blocks_in_MCU;
+    for (int block = 0; block < plan.blocks; ++block) {
+        const int component = info.MCU_membership[block];
+        const jpeg_component_info& its = *info.cur_comp_info[component];
+        const JHUFF_TBL &dc = *info.dc_huff_tbl_ptrs[its.dc_tbl_no], &ac = *info.ac_huff_tbl_ptrs[its.ac_tbl_no];
+        plan.block[block] = {&source.dc[its.dc_tbl_no], &source.ac[its.ac_tbl_no], &source.skip[its.ac_tbl_no],
+                             &plan.block[(block + 1) % plan.blocks], component};
+        if (block > 0 && component == plan.block[block - 1].component) continue;
+        if (!source.dc[its.dc_tbl_no].set(dc.bits, dc.huffval, true)) return false;
+        if (!source.ac[its.ac_tbl_no].set(ac.bits, ac.huffval, false)) return false;
+        if (skips) source.skip[its.ac_tbl_no].set(source.ac[its.ac_tbl_no]);
+    }
+    return true;
+}
+
+// From here on libjpeg, which has read the header, gets its coefficients from `source`.
+bool replace_entropy_decoder(jpeg_decompress_struct& info, const Scan& scan, McuSource& source) {
+    if (info.progressive_mode || jpeg_has_multiple_scans(&info)) return false;
+    size_t wanted = 0;
+    for (const Unit& unit : scan.units) wanted += size_t(unit.wanted);
+    if (size_t(info.MCUs_per_row) * info.MCU_rows_in_scan != wanted) return false;
+    if (!set_tables(info, !scan.independent, source)) return false;
+    source.begin(source.plan_room, scan);
+    info.client_data = &source;
+    info.entropy->decode_mcu = next_mcu;
+    return true;
+}
+
+bool decode(const uint8_t* data, size_t size, Decoder* part, Box window, Buffer& strip, TakeRows take, void* context) {
     uint8_t* const room = strip.take(4 * size_t(window.width + kMargin) * kStripRows);
     jpeg_decompress_struct info{};
     Errors errors;
@@ -111,14 +156,101 @@ bool decode_window(const uint8_t* data, size_t size, Box window, Buffer& strip, 
     info.out_color_space = JCS_EXT_RGBX;
     jpeg_start_decompress(&info);
     if (!is_complete(info)) give_up(reinterpret_cast<j_common_ptr>(&info));
-    const int left = crop_columns(info, window);
+    if (part != nullptr && !replace_entropy_decoder(info, part->scan, part->source))
+        give_up(reinterpret_cast<j_common_ptr>(&info));
+    int left = 0;
+    if (part == nullptr) {
+        left = crop_columns(info, window);
+        skip_rows(info, window);
+    }
     if (int(info.output_width) > window.width + kMargin) give_up(reinterpret_cast<j_common_ptr>(&info));
-    const int mcu_height = info.max_v_samp_factor * DCTSIZE;
-    const int above = std::max(window.top - 1, 0) / mcu_height * mcu_height;
-    if (above > 0) jpeg_skip_scanlines(&info, JDIMENSION(above));
     read_rows(info, window, left, room, take, context);
     jpeg_destroy_decompress(&info);
     return true;
+}
+
+// False where nothing was tried; `decoded` says how it ended.
+bool decode_part(const uint8_t* data, size_t size, const JpegHeader& header, Box window, Decoder& decoder,
+                 bool& decoded, TakeRows take, void* context) {
+    Scan& scan = decoder.scan;
+    if (!scan.set(data, size, header, window)) return false;
+    decoder.source.make_room(scan);  // where no longjmp passes, nor an exception libjpeg
+    window.left -= scan.left, window.top -= scan.top;
+    decoded = decode(scan.header.data(), scan.header_size, &decoder, window, decoder.strip, take, context);
+    return true;
+}
+
+// A small JPEG of three components with restart markers; its length, or 0.
+size_t write_probe(uint8_t* room, size_t bytes) {
+    constexpr int kWidth = 72, kHeight = 40;
+    jpeg_compress_struct info{};
+    Errors errors;
+    info.err = jpeg_std_error(&errors.base);
+    errors.base.error_exit = give_up;
+    uint8_t* out = room;
+    unsigned long size = bytes;
+    if (setjmp(errors.place)) {
+        jpeg_destroy_compress(&info);
+        return 0;
+    }
+    jpeg_create_compress(&info);
+    jpeg_mem_dest(&info, &out, &size);
+    info.image_width = kWidth, info.image_height = kHeight, info.input_components = 3, info.in_color_space = JCS_RGB;
+    jpeg_set_defaults(&info);
+    info.restart_interval = 1;
+    jpeg_start_compress(&info, TRUE);
+    uint8_t pixels[3 * kWidth];
+    for (int y = 0; y < kHeight; ++y) {
+        for (int i = 0; i < 3 * kWidth; ++i) pixels[i] = uint8_t(i * i * (y + 3) >> 4);
+        JSAMPROW row = pixels;
+        jpeg_write_scanlines(&info, &row, 1);
+    }
+    jpeg_finish_compress(&info);
+    jpeg_destroy_compress(&info);
+    return out == room ? size : 0;
+}
+
+// Whether libjpeg's entropy decoder can be replaced: by a picture, since it does not tell how it looks inside.
+bool part_is_as_whole() {
+    static constexpr Box kWindow{20, 18, 40, 20};
+    constexpr size_t kRoom = 4096;
+    uint8_t probe[kRoom + Buffer::kSlack];
+    struct Pixels {
+        uint8_t rgbx[4 * kWindow.width * kWindow.height] = {};
+        size_t done = 0;
+
+        static void take(void* context, const uint8_t* rows, size_t stride, int count) {
+            auto& to = *static_cast<Pixels*>(context);
+            for (int row = 0; row < count; ++row, rows += stride, to.done += 4 * kWindow.width)
+                std::memcpy(to.rgbx + to.done, rows, 4 * kWindow.width);
+        }
+    };
+    const auto decoder = std::make_unique<Decoder>();
+    Pixels whole, part;
+    JpegHeader header;
+    const size_t size = write_probe(probe, kRoom);
+    bool decoded = false;
+    return read_jpeg_header(probe, size, header) &&
+           decode(probe, size, nullptr, kWindow, decoder->strip, Pixels::take, &whole) &&
+           decode_part(probe, size, header, kWindow, *decoder, decoded, Pixels::take, &part) && decoded &&
+           whole.done == part.done && std::memcmp(whole.rgbx, part.rgbx, sizeof(part.rgbx)) == 0;
+}
+
+}  // namespace
+
+bool replaces_entropy_decoder() {
+    static const bool works = part_is_as_whole();
+    return works;
+}
+
+bool decode_window(const uint8_t* data, size_t size, const JpegHeader& header, Box window, Decoder& decoder,
+                   bool& spared, TakeRows take, void* context) {
+    bool decoded = false;
+    spared = false;
+    if (!replaces_entropy_decoder() || !decode_part(data, size, header, window, decoder, decoded, take, context))
+        return decode(data, size, nullptr, window, decoder.strip, take, context);
+    spared = decoder.scan.spared;
+    return decoded;
 }
 
 }  // namespace noisynn

@@ -31,8 +31,9 @@ bool read_frame(const uint8_t* body, size_t length, JpegHeader& header) {
     return true;
 }
 
-// JFIF and Adobe say what the colours are; all other APPn and comments can be left out.
-bool is_needed(int marker) { return marker < APP0 || marker == APP0 || marker == APP14; }
+// JFIF and Adobe say what the colours are; all other APPn and comments can be left out. So can DRI: a part of a scan is
+// handed to libjpeg without its markers.
+bool is_needed(int marker) { return (marker < APP0 && marker != DRI) || marker == APP0 || marker == APP14; }
 
 }  // namespace
 

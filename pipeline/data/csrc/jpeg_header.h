@@ -18,7 +18,7 @@ struct JpegHeader {
     uint32_t restart_interval;  // MCUs; 0: no restart markers
     size_t frame;               // where the SOF marker stands
     size_t scan;                // where the first scan's data begin
-    int pieces;                 // segments that decoding needs, SOI to SOS
+    int pieces;                 // segments that decoding a part needs, up to SOS
     Piece piece[kMaxPieces];
 };
 

@@ -30,9 +30,10 @@ struct View {
     int32_t size, training;
     uint32_t seed, epoch, crop_stream, flip_stream;
     int32_t interpolation, squash;
+    int32_t verify, unused;  // verify: whether the checksum is looked at
     double scale[2], ratio[2], flip, eval_crop_share;
 };
-static_assert(sizeof(View) == 80);
+static_assert(sizeof(View) == 88);
 
 struct Box {
     int left, top, width, height;

@@ -7,12 +7,10 @@
 #include <libdeflate.h>
 #include <unistd.h>
 
-#include "restart.h"
-
 namespace noisynn {
 namespace {
 
-Status read_checked(const Item& item, uint8_t* bytes) {
+Status read_checked(const Item& item, bool verify, uint8_t* bytes) {
     size_t done = 0;
     while (done < item.size) {
         const ssize_t got = pread(item.fd, bytes + done, item.size - done, off_t(item.offset + done));
@@ -21,7 +19,7 @@ Status read_checked(const Item& item, uint8_t* bytes) {
         if (got == 0) return wrong_bytes;
         done += size_t(got);
     }
-    return libdeflate_crc32(0, bytes, item.size) == item.crc32 ? ok : wrong_bytes;
+    return !verify || libdeflate_crc32(0, bytes, item.size) == item.crc32 ? ok : wrong_bytes;
 }
 
 // Raw rows as RGBX; X is whatever follows. The pixel after the last is read: Buffer's slack.
@@ -81,15 +79,12 @@ Status header_of(const uint8_t* bytes, const Item& item, JpegHeader& header) {
 bool window_of(const uint8_t* bytes, const Item& item, const JpegHeader& header, Box window, Workspace& workspace,
                TakeRows take, void* context) {
     if (item.kind == raw) {
-        uint8_t* strip = workspace.strip.take(4 * size_t(window.width) * kStripRows);
+        uint8_t* strip = workspace.decoder.strip.take(4 * size_t(window.width) * kStripRows);
         expand(bytes, 3 * size_t(item.width), window, strip, take, context);
         return true;
     }
-    Splice part;
-    if (!splice(bytes, item.size, header, window, workspace.segments, workspace.spliced, part))
-        return decode_window(bytes, item.size, window, workspace.strip, take, context);
-    window.left -= part.left, window.top -= part.top;
-    return decode_window(part.data, part.size, window, workspace.strip, take, context);
+    bool spared;
+    return decode_window(bytes, item.size, header, window, workspace.decoder, spared, take, context);
 }
 
 Status make_picture(const uint8_t* bytes, const Item& item, const View& view, Workspace& workspace, uint8_t* out,
@@ -130,7 +125,7 @@ Status make_sample(const Item& item, const View& view, Workspace& workspace, uin
     Status status = ask_reference;
     try {
         uint8_t* bytes = workspace.file.take(item.size);
-        status = read_checked(item, bytes);
+        status = read_checked(item, view.verify != 0, bytes);
         if (status == ok) status = make_picture(bytes, item, view, workspace, out, crop);
     } catch (const std::bad_alloc&) {  // Python says so if it has none either
     }

@@ -12,12 +12,13 @@ namespace noisynn {
 
 // What a thread keeps from picture to picture, so that nothing is allocated in the long run.
 struct Workspace {
-    Buffer file, spliced, strip, rows, low;
-    std::vector<uint32_t> segments;
+    Buffer file, rows, low;
+    Decoder decoder;
     Axis x, y;
 
     void let_go_of_much() {
-        for (Buffer* buffer : {&file, &spliced, &strip, &rows, &low}) buffer->let_go_of_much();
+        for (Buffer* buffer : {&file, &rows, &low}) buffer->let_go_of_much();
+        decoder.let_go_of_much();
     }
 };
 
