@@ -306,6 +306,8 @@ class _Start:
         assert self._opened is not None
         loader, batches = self._opened
         self._opened = None
+        if hasattr(batches, "close"):  # a generator ends what it has begun while that can still be ended
+            batches.close()
         self._entrant.close(loader)
         del loader, batches
         gc.collect()  # what ends with a cycle of references ends here, not in another's round

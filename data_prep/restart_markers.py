@@ -36,17 +36,17 @@ def restart_interval(mcus_in_row: int) -> int:
     """MCUs from one restart marker to the next: the largest divisor of a row's MCUs that is at most MAX_INTERVAL.
 
     A divisor, so that each row begins at a marker. Shorter segments leave out more beside a crop; each costs some 5
-    bytes. Of 250 ImageNet pictures, 108 KB each, RandomResizedCrop(224) by this project's reader, on one core:
+    bytes. What of the 250 ImageNet pictures, 108 KB each, lies in segments under a RandomResizedCrop and its margin:
 
-    | interval                   | size    | bytes decoded | a picture |
-    | -------------------------- | ------- | ------------- | --------- |
-    | no markers                 | 100.0 % | 90.8 KB       | 1,125 us  |
-    | a row                      | 100.1 % | 74.9 KB       | 1,071 us  |
-    | largest divisor up to 8    | 102.0 % | 54.3 KB       | 898 us    |
-    | one of 2 to 4, else a row  | 102.3 % | 52.9 KB       | 892 us    |
-    | largest divisor up to 5    | 103.1 % | 51.4 KB       | 880 us    |
-    | largest divisor up to 3    | 103.4 % | 51.1 KB       | 877 us    |
-    | 1                          | 107.2 % | 50.8 KB       | 883 us    |
+    | interval                   | size    | bytes decoded |
+    | -------------------------- | ------- | ------------- |
+    | no markers                 | 100.0 % | 90.8 KB       |
+    | a row                      | 100.1 % | 74.9 KB       |
+    | largest divisor up to 8    | 102.0 % | 54.3 KB       |
+    | one of 2 to 4, else a row  | 102.3 % | 52.9 KB       |
+    | largest divisor up to 5    | 103.1 % | 51.4 KB       |
+    | largest divisor up to 3    | 103.4 % | 51.1 KB       |
+    | 1                          | 107.2 % | 50.8 KB       |
 
     Reduced to 256 pixels (29 KB), they become smaller, 99.0 %: the tables that OpenCV gives them fit less well.
     """
