@@ -175,7 +175,8 @@ library = native.library()
 if library is None:
     print("note Pillow alone")
 else:
-    print("ok by native threads,", library.nn_loader_lanes().decode(), "- entropy decoder:", library.nn_loader_entropy_decoder().decode())
+    lanes, entropy = library.nn_loader_lanes().decode(), library.nn_loader_entropy_decoder().decode()
+    print("ok by native threads,", lanes, "- entropy decoder:", entropy)
 """
 
 _FFCV_PROBE = """
