@@ -117,23 +117,6 @@ def _box(width: int, height: int, attempts: np.ndarray, config: AugmentConfig) -
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def center_crop(width: int, height: int, size: int, config: AugmentConfig) -> Crop:
-    """The evaluation box for readers that crop before they resize to (size, size)."""
-    if config.eval_crop == "squash":
-        return Crop(0, 0, width, height, False)
-    # timm resizes to whole pixels, then takes the middle: the same part, in pixels of the original.
-    short = math.floor(size / config.eval_crop_share)
-    left, w = _middle(width, short * width // min(width, height), size)
-    top, h = _middle(height, short * height // min(width, height), size)
-    return Crop(left, top, w, h, False)
-
-
-def _middle(length: int, resized: int, size: int) -> tuple[int, int]:
-    """(start, length) along one axis, in original pixels, of the middle `size` of `resized` pixels."""
-    part = max(1, round(size * length / resized))
-    return min(round(round((resized - size) / 2) * length / resized), length - part), part
-
-
 def apply_training(image: Image.Image, crop: Crop, size: int, config: AugmentConfig) -> Image.Image:
     """Crop, antialiased resize to (size, size), flip.
 

@@ -18,7 +18,6 @@ from pipeline.data.augment import (
     Crop,
     apply_randaugment,
     apply_training,
-    center_crop,
     evaluation_transform,
     mixup,
     training_crops,
@@ -60,7 +59,6 @@ def test_boxes_lie_inside_the_picture(width, height, one, other, low_ratio, spre
     config = AugmentConfig(scale=(min(one, other), max(one, other)), ratio=(low_ratio, low_ratio * spread))
     (crop,) = training_crops([(width, height)], np.array([sample_id]), 0, epoch, config)
     check_inside(crop, width, height)
-    check_inside(center_crop(width, height, 224, config), width, height)
 
 
 def check_inside(crop: Crop, width: int, height: int) -> None:
@@ -258,24 +256,6 @@ def test_squash_shows_the_whole_picture():
     image = picture(80, 40)
     found = np.asarray(evaluation_transform(AugmentConfig(eval_crop="squash"), 32)(image)).transpose(1, 2, 0)
     assert np.array_equal(found, image.resize((32, 32), Image.Resampling.BICUBIC))
-    assert center_crop(80, 40, 32, AugmentConfig(eval_crop="squash")) == Crop(0, 0, 80, 40, False)
-
-
-@pytest.mark.parametrize(("width", "height"), [(500, 400), (300, 420), (256, 256)])
-@pytest.mark.parametrize(("size", "share"), [(224, 0.875), (224, 0.9), (64, 0.9), (32, 0.9), (32, 1.0)])
-def test_center_crop_is_the_part_that_timm_shows(size, share, width, height):
-    """On a picture whose red is the column and whose green is the row, 255 being the whole side."""
-    config = AugmentConfig(eval_crop_share=share, interpolation="bilinear")
-    columns, rows = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
-    ramp = np.stack((columns, rows, 0 * rows), axis=-1)
-    shown = np.asarray(evaluation_transform(config, size)(Image.fromarray((255 * ramp).round().astype(np.uint8))))
-    crop = center_crop(width, height, size, config)
-    middle = (crop.left + crop.width / 2) / width, (crop.top + crop.height / 2) / height
-    ends = [(shown[i].max() - shown[i].min()) / 255 * size / (size - 1) for i in (0, 1)]
-    for i, side in enumerate((width, height)):
-        # The box is in whole pixels: half of one off at most in place, one in size; a level is 1/255.
-        assert abs(shown[i].mean() / 255 - middle[i]) < 0.6 / side + 0.5 / 255
-        assert abs(ends[i] - (crop.width, crop.height)[i] / side) < 1 / side + 2 / 255
 
 
 # Mixup

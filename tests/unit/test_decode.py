@@ -6,17 +6,7 @@ import numpy as np
 import pytest
 from small_shards import SIDE, jpeg
 
-from pipeline.data.decode import MAX_PIXELS, decode_rgb, jpeg_size
-
-
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0" + bytes(900)}])
-def test_jpeg_size_reads_the_frame(options):
-    data = jpeg(1, 50, 37, **options)
-    assert jpeg_size(data) == (50, 37)
-    assert jpeg_size(data[:2] + b"\xff\xff" + data[2:]) == (50, 37)  # markers may be filled up with 0xff
-    for cut in range(0, 160):
-        assert jpeg_size(data[:cut]) in (None, (50, 37))
-    assert jpeg_size(b"") is None and jpeg_size(bytes(100)) is None
+from pipeline.data.decode import MAX_PIXELS, decode_rgb
 
 
 def forged(width: int, height: int) -> bytes:
