@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from benchmarks.harness import print_table
 
 _PERIOD_SECONDS = 0.02
@@ -110,6 +108,8 @@ class _Watch:
 
 
 def _memory_of_tree() -> Memory:
+    import psutil  # only this question needs it
+
     me = os.getpid()
     found = [_memory_of(me)]
     for process in psutil.Process(me).children(recursive=True):

@@ -31,7 +31,9 @@ SMALL += shlex.split("--model.options embed_dim 48 depth 12 num_heads 3 --augmen
 
 
 SMALL_BENCHMARKS = {
-    "loader": ["--batch", "4", "--workers", "0", "--image-size", "32"],
+    "loader": shlex.split(
+        "--batch 4 --workers 0 --image-size 32 --parts epoch plan --contestants webdataset tars restart_tars beton"
+    ),
     "noise": ["--megabytes", "1"],
     "shards": ["--source", "TWIN/data/imagenet/train", "--members", "100"],
 }
