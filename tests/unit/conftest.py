@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fault_store import FaultStore
 from small_shards import SIDE, make
 from source_pictures import CLASSES, PER_CLASS, picture, shard_source
 
@@ -71,3 +72,11 @@ def library() -> ctypes.CDLL:
     path = Path(pipeline.noise.__file__).parent / "csrc" / "libnoisynn_walk.so"
     assert path.is_file(), f"`make setup` has built no {path.name}"
     return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def store():
+    """A store whose requests can be made to fail."""
+    store = FaultStore()
+    with store.serving():
+        yield store

@@ -9,17 +9,17 @@ from pipeline.data.batch import Batch
 from pipeline.data.loader import TrainLoader
 
 
-class Numbers:
-    """A reader without files; its pictures tell sample and epoch."""
+class InMemory:
+    """What readers without files have in common. Their workers are processes; none reads on threads."""
 
-    classes = ("even", "odd")
     fetches = False
-    samples_sha256 = "numbers"
-    threaded = False  # workers are processes; none reads on threads
+    samples_sha256 = "in memory"
+    threaded = False
+    labels: np.ndarray
 
-    def __init__(self, n: int, shard_sizes: tuple[int, ...] | None = None) -> None:
-        self.labels = np.arange(n, dtype=np.int64) % 2
-        self.shard_sizes = shard_sizes or (n,)
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        return (len(self.labels),)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -32,6 +32,28 @@ class Numbers:
 
     def where(self, sample_id: int) -> str:
         return f"number {sample_id}"
+
+
+class InMemoryPictures(InMemory):
+    """Pictures (n, H, W, 3) for evaluation."""
+
+    pixels: np.ndarray
+
+    def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand=None) -> Batch:
+        assert epoch is None, "evaluation takes the evaluation transform"
+        pixels, labels = torch.from_numpy(self.pixels[sample_ids]), torch.from_numpy(self.labels[sample_ids])
+        return Batch(pixels, labels, torch.as_tensor(sample_ids))
+
+
+class Numbers(InMemory):
+    """A reader without files; its pictures tell sample and epoch."""
+
+    classes = ("even", "odd")
+    shard_sizes: tuple[int, ...] = ()
+
+    def __init__(self, n: int, shard_sizes: tuple[int, ...] | None = None) -> None:
+        self.labels = np.arange(n, dtype=np.int64) % 2
+        self.shard_sizes = shard_sizes or (n,)
 
     def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand=None) -> Batch:
         ids = torch.as_tensor(sample_ids)

@@ -14,13 +14,6 @@ from pipeline.data import remote
 from pipeline.data.cache import CacheConfig, ShardCache
 
 
-@pytest.fixture
-def store():
-    store = FaultStore()
-    with store.serving():
-        yield store
-
-
 def whole(folder) -> set[str]:
     return {path.name for path in folder.glob("*.tar")}
 

@@ -9,14 +9,7 @@ import threading
 import time
 
 import pytest
-from fault_store import SHARD_BYTES, Children, FaultStore, cache_of, content, fill, until
-
-
-@pytest.fixture
-def store():
-    store = FaultStore()
-    with store.serving():
-        yield store
+from fault_store import SHARD_BYTES, Children, cache_of, content, fill, until
 
 
 @pytest.fixture

@@ -6,18 +6,11 @@ import time
 
 import fsspec
 import pytest
-from fault_store import HASTY, FaultStore
+from fault_store import HASTY
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from pipeline.data import remote
 from pipeline.data.remote import RetryConfig, checked_url, fetch_blocks, fetch_bytes, file_url, is_url
-
-
-@pytest.fixture
-def store():
-    store = FaultStore()
-    with store.serving():
-        yield store
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numbers_reader import InMemoryPictures
 from safetensors.torch import save_file
 
 from pipeline import checkpoint as ckpt
 from pipeline.config import TrainConfig
 from pipeline.data.augment import AugmentConfig
-from pipeline.data.batch import Batch
 from pipeline.data.loader import DataConfig
 from pipeline.evaluate import EvaluateConfig, Evaluator, evaluate, load_model, open_checkpoint
 from pipeline.models import WEIGHTS_NAME, ModelConfig, create_model
@@ -25,13 +25,8 @@ ALONE = Ranks(0, 1, launched=False)
 N, CLASSES = 60, 6
 
 
-class Pictures:
+class Pictures(InMemoryPictures):
     """2 x 2 pictures in memory, each a weak sign of its class under strong noise."""
-
-    shard_sizes = (N,)
-    fetches = False
-    samples_sha256 = "pictures"
-    threaded = False
 
     def __init__(self, order: np.ndarray | None = None, classes: int = CLASSES) -> None:
         rng = np.random.RandomState(0)
@@ -43,20 +38,6 @@ class Pictures:
         self.classes = tuple("abcdefgh"[:classes])
         if order is not None:
             self.labels, self.pixels = self.labels[order], self.pixels[order]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def labels_of(self, sample_ids: np.ndarray) -> np.ndarray:
-        return self.labels[sample_ids]
-
-    def expect(self, shards: np.ndarray) -> None:
-        """Nothing is fetched."""
-
-    def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand=None) -> Batch:
-        assert epoch is None, "evaluation takes the evaluation transform"
-        pixels, labels = torch.from_numpy(self.pixels[sample_ids]), torch.from_numpy(self.labels[sample_ids])
-        return Batch(pixels, labels, torch.as_tensor(sample_ids))
 
 
 class Linear(torch.nn.Module):

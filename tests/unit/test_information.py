@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numbers_reader import InMemoryPictures
 from safetensors.torch import save_file
 
 from pipeline import checkpoint as ckpt
 from pipeline.__main__ import main
 from pipeline.config import TrainConfig
 from pipeline.data.augment import AugmentConfig
-from pipeline.data.batch import Batch
 from pipeline.data.loader import DataConfig
 from pipeline.information import (
     EntropyConfig,
@@ -40,13 +40,8 @@ N, CLASSES = 480, 4
 CONFIG = EntropyConfig(Path("run"), Path("data"), batch=48, workers=0)
 
 
-class Pictures:
+class Pictures(InMemoryPictures):
     """4 x 4 pictures in memory, each a weak sign of its class under strong noise."""
-
-    shard_sizes = (N,)
-    fetches = False
-    samples_sha256 = "pictures"
-    threaded = False
 
     def __init__(self) -> None:
         rng = np.random.RandomState(0)
@@ -55,20 +50,6 @@ class Pictures:
         signs = rng.randint(0, 256, (CLASSES, 4, 4, 3))
         mixed = 0.15 * signs[self.labels] + 0.85 * rng.randint(0, 256, (N, 4, 4, 3))
         self.pixels = mixed.round().astype(np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def labels_of(self, sample_ids: np.ndarray) -> np.ndarray:
-        return self.labels[sample_ids]
-
-    def expect(self, shards: np.ndarray) -> None:
-        """Nothing is fetched."""
-
-    def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand=None) -> Batch:
-        assert epoch is None, "measuring takes the evaluation transform"
-        pixels, labels = torch.from_numpy(self.pixels[sample_ids]), torch.from_numpy(self.labels[sample_ids])
-        return Batch(pixels, labels, torch.as_tensor(sample_ids))
 
 
 class Plain(torch.nn.Module):
