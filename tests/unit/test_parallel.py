@@ -22,7 +22,7 @@ from pipeline.parallel import (
         ({0: -signal.SIGTERM, 1: 2}, 2, ""),  # rank 1 has said what is wrong; the agent ended rank 0
         ({0: -signal.SIGTERM, 3: 1}, 1, ""),
         ({0: -signal.SIGTERM, 1: -signal.SIGABRT}, 134, "rank 1 was ended by SIGABRT"),
-        ({0: -signal.SIGTERM}, 143, "stopped by SIGTERM: the same command with --resume goes on"),
+        ({0: -signal.SIGTERM}, 143, "stopped by SIGTERM: the same command goes on from the newest checkpoint"),
         ({0: -signal.SIGINT, 1: -signal.SIGTERM}, 130, "stopped by SIGINT"),
     ],
 )
@@ -37,21 +37,53 @@ def test_a_lost_peer_is_told_from_other_errors():
     assert not is_lost_peer(ConnectionError("Connection closed by peer"))
 
 
-def test_another_engine_than_the_one_asked_for_is_an_error():
-    class DistributedDataParallel:
-        pass
+class DistributedDataParallel:
+    pass
 
-    with pytest.raises(RuntimeError, match=r"parallel.engine is deepspeed.*DistributedDataParallel"):
-        assert_engine(DistributedDataParallel(), ParallelConfig(engine="deepspeed"), 2)
-    assert_engine(DistributedDataParallel(), ParallelConfig(engine="ddp"), 2)
+
+class DeepSpeedEngine:
+    def zero_optimization_stage(self) -> int:
+        return 2
+
+
+def test_another_engine_than_the_one_asked_for_is_an_error():
+    with pytest.raises(RuntimeError, match=r"parallel.strategy is zero1.*DistributedDataParallel"):
+        assert_engine(DistributedDataParallel(), "zero1", 2)
+    with pytest.raises(RuntimeError, match=r"parallel.strategy is zero3, but DeepSpeed runs stage 2"):
+        assert_engine(DeepSpeedEngine(), "zero3", 2)
+    with pytest.raises(RuntimeError, match=r"parallel.strategy is ddp.*DeepSpeedEngine"):
+        assert_engine(DeepSpeedEngine(), "ddp", 2)
+    assert_engine(DistributedDataParallel(), "ddp", 2)
+    assert_engine(object(), "ddp", 1)
+    assert_engine(DeepSpeedEngine(), "zero2", 1)
 
 
 def test_deepspeed_gets_numbers():
-    config = deepspeed_config(ParallelConfig(zero_stage=2), Layout(0, 4, 8, 3), clip_grad_norm=None)
+    config = deepspeed_config(ParallelConfig(precision="fp16", offload=True), 2, Layout(0, 4, 8, 3), None, 12_345)
     assert config["train_batch_size"] == 96 == 4 * 8 * 3
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (8, 3)
-    assert config["zero_optimization"]["stage"] == 2 and config["gradient_clipping"] == 0.0
+    zero = config["zero_optimization"]
+    assert zero["stage"] == 2 and config["gradient_clipping"] == 0.0 and zero["offload_optimizer"]["device"] == "cpu"
+    assert zero["reduce_bucket_size"] == 12_345 and zero["allgather_bucket_size"] == 12_346
+    assert config["fp16"]["enabled"] and not config["bf16"]["enabled"]
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert "auto" not in str(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"processes": 0}, "parallel.processes is 0: at least 1"),
+        ({"timeout_seconds": 0.0}, "parallel.timeout_seconds is 0.0"),
+        ({"timeout_seconds": float("inf")}, "parallel.timeout_seconds is inf"),
+        ({"timeout_seconds": float("nan")}, "parallel.timeout_seconds is nan"),
+        ({"offload": True, "strategy": "ddp"}, "parallel.offload needs zero1, zero2 or zero3"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options, said):
+    with pytest.raises(ValueError, match=said) as error:
+        ParallelConfig(**options)
+    assert "\n" not in str(error.value)
 
 
 def test_torchrun_s_variables_name_the_rank():
