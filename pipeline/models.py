@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.freezing import freeze
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import Draw, NoiseInjector
 from pipeline.noise.ops import apply_noise, image_noise
-
-WEIGHTS_NAME = "model.safetensors"
+from pipeline.weights import load_weights, timm_settings, weights_file
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,19 @@ class ModelConfig:
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Further arguments of timm's constructor, such as `patch_size 8 depth 6`."""
     drop_path: float = 0.0
+    """Probability that the last block is left out of a sample, keyed by the sample; earlier blocks less, as in timm."""
+    pos_embed: Literal["learned", "sincos2d"] = "learned"
+    """A ViT's position embeddings: learned, or fixed sines and cosines of the two coordinates, as in big_vision."""
     pretrained: bool = False
     """Fetch timm's public weights (the one thing that reaches for the network, by your order)."""
     init_from: Path | None = None
-    """Start from these weights: a run folder, a checkpoint in it, or a .safetensors file."""
+    """Start from these weights: a run folder, a checkpoint in it, or a .safetensors, .pth or .npz file."""
+    init_ema: bool = False
+    """Of init_from take the weights' average."""
     new_head: bool = False
     """Leave the classifier of the starting weights out and start a new one: for other classes than they know."""
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained, such as `patch_embed blocks.0 blocks.*.mlp`, or `all_but_head`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path < 1:
@@ -43,10 +48,16 @@ class ModelConfig:
             raise ValueError("model.pretrained and model.init_from are both set: choose one")
         if self.new_head and not (self.init_from or self.pretrained):
             raise ValueError("model.new_head needs model.init_from or model.pretrained: otherwise every head is new")
+        if self.init_ema and not self.init_from:
+            raise ValueError("model.init_ema needs model.init_from: the weights whose average is meant")
+
+    def without_start(self) -> ModelConfig:
+        """The same model with weights of its own, which others will be loaded over."""
+        return replace(self, pretrained=False, init_from=None, init_ema=False, new_head=False)
 
 
 def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    """The timm model, on the CPU, its weights loaded where the configuration says so.
+    """The timm model, on the CPU, its weights loaded and its parts frozen where the configuration says so.
 
     Errors: ValueError for an unknown name (nearest offered), options that do not fit it, or weights that do not.
     """
@@ -71,72 +82,37 @@ def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
         raise ValueError(f"model.options {options} do not fit {config.name}: {error}") from error
     if config.pretrained and config.new_head:
         cast(Any, model).reset_classifier(num_classes)
+    if config.pos_embed == "sincos2d":
+        _fix_positions(model, config.name)
     if config.init_from is not None:
-        load_weights(model, weights_file(config.init_from), config.new_head)
+        source = weights_file(config.init_from, config.init_ema)
+        load_weights(model, source, config.new_head, config.init_ema)
+    freeze(model, config.freeze)
     return model
 
 
-def weights_file(source: Path) -> Path:
-    """The weights under a .safetensors file, a checkpoint folder, or a run folder (its latest checkpoint)."""
-    from pipeline.checkpoint import latest_generation, verify_generation
-
-    if source.is_file():
-        return source
-    if not source.exists():
-        raise FileNotFoundError(f"no weights at {source}: name a run folder, a checkpoint in it or a .safetensors file")
-    generation = latest_generation(source) if (source / "checkpoints").is_dir() else source
-    if generation is None:
-        raise FileNotFoundError(f"{source} holds no finished checkpoint: train there first, or name another")
-    verify_generation(generation)
-    return generation / WEIGHTS_NAME
+def _fix_positions(model: nn.Module, name: str) -> None:
+    """Errors: ValueError for a model without a table of positions on a grid, or a width that is no multiple of 4."""
+    table, grid = getattr(model, "pos_embed", None), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if not isinstance(table, nn.Parameter) or table.ndim != 3 or grid is None or table.shape[2] % 4:
+        raise ValueError(f"model.pos_embed sincos2d is for ViTs of a width that 4 divides, not {name}: leave it out")
+    positions = sincos2d(grid[0], grid[1], table.shape[2])
+    with torch.no_grad():
+        table.zero_()  # those of class and register tokens, which stand first
+        table[0, -len(positions) :] = positions.to(table.dtype)
+    table.requires_grad_(False)
 
 
-def load_weights(model: nn.Module, path: Path, new_head: bool = False) -> None:
-    """Loads timm-named safetensors strictly; `new_head` leaves the classifier as it was made.
+def sincos2d(height: int, width: int, channels: int) -> Tensor:
+    """(height * width, channels): sin x, cos x, sin y, cos y at channels / 4 frequencies from 1 down to 1 / 10,000.
 
-    Errors: ValueError naming the first tensors that do not fit, and the mend.
+    Source: "Better plain ViT baselines for ImageNet-1k" (Beyer et al. 2022).
     """
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    own = model.state_dict()
-    head = _classifier_keys(model)
-    if new_head:
-        weights = {k: v for k, v in weights.items() if k not in head}
-    missing = sorted(own.keys() - weights.keys() - (head if new_head else set()))
-    unexpected = sorted(weights.keys() - own.keys())
-    shapes = [k for k in sorted(own.keys() & weights.keys()) if own[k].shape != weights[k].shape]
-    if not missing and not unexpected and shapes and set(shapes) <= head:
-        raise ValueError(
-            f"{path} was trained on {len(weights[shapes[0]])} classes, the data has {len(own[shapes[0]])}: "
-            "pass --model.new-head to start a new classifier, or take the data it was trained on"
-        )
-    if missing or unexpected or shapes:
-        faults = [f"{len(missing)} tensors missing ({', '.join(missing[:3])})"] if missing else []
-        faults += [f"{len(unexpected)} unknown ({', '.join(unexpected[:3])})"] if unexpected else []
-        faults += [f"{k}: {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}" for k in shapes[:3]]
-        raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(faults)}. {_origin(path)}")
-    model.load_state_dict(weights, strict=not new_head)
-
-
-def timm_settings(model: nn.Module) -> dict[str, Any]:
-    """timm's record of a model: its mean and std, the name of its classifier, and more."""
-    return cast(Any, model).pretrained_cfg
-
-
-def _classifier_keys(model: nn.Module) -> set[str]:
-    classifier = timm_settings(model).get("classifier", "head")
-    prefixes = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return {k for k in model.state_dict() if k.startswith(tuple(f"{p}." for p in prefixes))}
-
-
-def _origin(path: Path) -> str:
-    config = path.with_name("config.json")
-    if not config.is_file():
-        return "Give --model.name and --model.options the values it was trained with"
-    model = json.loads(config.read_text())["model"]
-    return f"It was trained as --model.name {model['name']} --model.options {model['options'] or 'none'}"
+    count = channels // 4
+    frequencies = torch.exp(torch.linspace(0, 1, count) * -math.log(10_000))
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (x, y)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
 class Preprocess:

@@ -44,7 +44,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     literals = [choice for option in options for choice in _choices(option)]
-    if literals and value not in literals:
+    others = tuple(option for option in options if isinstance(option, type))  # of `int | Literal["auto"]`
+    if literals and value not in literals and not isinstance(value, others):
         raise ValueError(f"{where} is {value!r}: use one of {', '.join(map(str, literals))}")
     for option in options:
         if dataclasses.is_dataclass(option):

@@ -1,7 +1,8 @@
 """Augmentation keyed by (seed, epoch, sample id): the same picture for 1 rank or 512, before and after a crash.
 
 Crop and flip are drawn from Philox, so that every reader (tar or .beton, Python or native) takes the same box.
-RandAugment is timm's; it draws from global generators, so these are seeded from Philox for each sample and restored.
+RandAugment, 3-Augment and colour jitter are timm's and torchvision's; they draw from global generators, so these are
+seeded from Philox for each sample and restored. What happens to whole batches on the device is in mixing.py.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,8 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from torchvision.transforms import ColorJitter
 
 from pipeline.noise.reference import Purpose, random_words, stream_of, uniforms
 
@@ -29,7 +31,7 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """RandomResizedCrop, flip, RandAugment and mixup for training; resize and crop for evaluation."""
+    """What is made of a picture in training, and how it is resized and cropped in evaluation."""
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Share of the picture's area that a training crop takes."""
@@ -38,8 +40,22 @@ class AugmentConfig:
     """Probability of a horizontal flip in training."""
     randaugment: str | None = None
     """timm's RandAugment string, such as `rand-m9-mstd0.5-inc1`: Python does it, in processes."""
+    three_augment: bool = False
+    """DeiT-III's 3-Augment, by timm: each picture is made grey, solarised or blurred. Python does it, in processes."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation change by up to this share, at the end. Python does it, in processes."""
+    erasing: float = 0.0
+    """Probability of timm's random erasing: a box of 2 to 33 % of the normalised picture, before pictures are mixed."""
+    erasing_fill: Literal["const", "rand", "pixel"] = "pixel"
+    """timm's modes: the mean colour, one random colour, or normal noise in each pixel."""
     mixup_alpha: float = 0.0
     """Mixup's Beta(alpha, alpha), by pairs of neighbours in the global order; 0 is off."""
+    cutmix_alpha: float = 0.0
+    """CutMix's Beta(alpha, alpha), by the same pairs; 0 is off."""
+    mixup_prob: float = 1.0
+    """Probability that a pair is mixed, by either."""
+    switch_prob: float = 0.5
+    """Where both are on: probability that a pair is mixed by CutMix."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     eval_crop: Literal["center", "squash"] = "center"
     """`center`: short side resized, then the middle; `squash`: the whole picture, as the official NoisyNN code."""
@@ -52,19 +68,38 @@ class AugmentConfig:
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"augment.ratio is {self.ratio}: two aspect ratios, 0 < low <= high")
         if self.randaugment is not None:
+            if self.three_augment:
+                raise ValueError("augment.randaugment and augment.three_augment are both set: choose one")
             try:
-                _randaugment(self.randaugment, 224)
+                _policy(self, 224)
             except (AssertionError, ValueError, KeyError, IndexError) as error:
                 raise ValueError(
                     f"augment.randaugment is {self.randaugment!r}, which timm does not take ({error}): "
                     "give one like rand-m9-mstd0.5-inc1"
                 ) from error
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"augment.flip is {self.flip}: it is a probability from 0 to 1")
-        if not 0 <= self.mixup_alpha < math.inf:
-            raise ValueError(f"augment.mixup_alpha is {self.mixup_alpha}: a number from 0")
+        for name in ("flip", "color_jitter", "erasing", "mixup_prob", "switch_prob"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                kind = "share" if name == "color_jitter" else "probability"
+                raise ValueError(f"augment.{name} is {value}: it is a {kind} from 0 to 1")
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"augment.{name} is {value}: a number from 0")
         if not 0 < self.eval_crop_share <= 1:
             raise ValueError(f"augment.eval_crop_share is {self.eval_crop_share}: above 0, at most 1")
+
+    @property
+    def changes_colours(self) -> bool:
+        """Whether Python has something to do after crop and flip, for which threads would wait for one another."""
+        return self.randaugment is not None or self.three_augment or self.color_jitter > 0
+
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether pictures are mixed in pairs, which a micro-batch must not cut."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+    def for_evaluation(self) -> AugmentConfig:
+        """The same evaluation, without what only training does: threads can read it."""
+        return replace(self, randaugment=None, three_augment=False, color_jitter=0.0)
 
 
 class Crop(NamedTuple):
@@ -90,10 +125,11 @@ def training_crops(
 
 def _uniforms(sample_ids: np.ndarray, seed: int, epoch: int, purpose: Purpose, count: int) -> np.ndarray:
     """float64 (B, count) in (0, 1]."""
-    return uniforms(_words(sample_ids, seed, epoch, purpose, count), torch.float64).numpy()
+    return uniforms(image_words(sample_ids, seed, epoch, purpose, count), torch.float64).numpy()
 
 
-def _words(sample_ids: np.ndarray, seed: int, epoch: int, purpose: Purpose, count: int) -> torch.Tensor:
+def image_words(sample_ids: np.ndarray, seed: int, epoch: int, purpose: Purpose, count: int) -> torch.Tensor:
+    """The first `count` words of each sample for one purpose: int64 (B, count), each entry in [0, 2^32)."""
     ids = torch.as_tensor(sample_ids, dtype=torch.int64)
     return random_words(count, ids, seed, torch.tensor(epoch), stream_of("image", purpose))
 
@@ -127,30 +163,44 @@ def apply_training(image: Image.Image, crop: Crop, size: int, config: AugmentCon
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else image
 
 
-def apply_randaugment(image: Image.Image, sample_id: int, seed: int, epoch: int, config: AugmentConfig) -> Image.Image:
-    if config.randaugment is None:
+def apply_colours(image: Image.Image, sample_id: int, seed: int, epoch: int, config: AugmentConfig) -> Image.Image:
+    """RandAugment or 3-Augment, then colour jitter, on a picture that is cropped and flipped, as timm has them."""
+    if not config.changes_colours:
         return image
-    words = _words(np.array([sample_id]), seed, epoch, Purpose.COLOUR, 2)[0].tolist()
+    words = image_words(np.array([sample_id]), seed, epoch, Purpose.COLOUR, 3)[0].tolist()
     with _seeded_globals(*words):
-        return _randaugment(config.randaugment, image.width)(image)
+        for transform in _policy(config, image.width):
+            image = transform(image)
+    return image
 
 
 @lru_cache(maxsize=4)
-def _randaugment(spec: str, size: int):
-    return rand_augment_transform(spec, {"translate_const": int(size * 0.45), "img_mean": (124, 116, 104)})
+def _policy(config: AugmentConfig, size: int) -> tuple[Callable[[Image.Image], Image.Image], ...]:
+    options = {"translate_const": int(size * 0.45), "img_mean": (124, 116, 104)}
+    transforms: list[Callable[[Image.Image], Image.Image]] = []
+    if config.randaugment is not None:
+        transforms.append(rand_augment_transform(config.randaugment, options))
+    if config.three_augment:
+        transforms.append(auto_augment_transform("3a", options))
+    if config.color_jitter:
+        transforms.append(ColorJitter(*(config.color_jitter,) * 3))
+    return tuple(transforms)
 
 
 @contextlib.contextmanager
-def _seeded_globals(python_seed: int, numpy_seed: int) -> Iterator[None]:
-    """timm's RandAugment reads `random` and `numpy.random`: seeds both, and leaves them as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+def _seeded_globals(python_seed: int, numpy_seed: int, torch_seed: int) -> Iterator[None]:
+    """What timm and torchvision read: seeds `random`, `numpy.random` and torch's, and leaves them as they were."""
+    # Not torch.manual_seed: it would reach for the GPU too, in a forked process.
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(python_seed)
     np.random.seed(numpy_seed)
+    torch.default_generator.manual_seed(torch_seed)
     try:
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
 
 
 @lru_cache(maxsize=4)
@@ -164,22 +214,3 @@ def evaluation_transform(config: AugmentConfig, size: int):
         crop_pct=config.eval_crop_share if config.eval_crop == "center" else 1.0,
         crop_mode=config.eval_crop,
     )
-
-
-def mixup(
-    images: torch.Tensor, targets: torch.Tensor, sample_ids: torch.Tensor, seed: int, epoch: int, alpha: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixup (Zhang et al. 2018) of neighbours 2j and 2j+1 of the global order, one coefficient a pair.
-
-    images: float (B, 3, H, W); targets: float (B, classes); B even, so that a pair never spans two micro-batches and
-    the result does not depend on the number of ranks. The coefficient is keyed by the pair's first sample.
-    """
-    first = sample_ids[0::2].repeat_interleave(2).cpu().numpy()
-    words = _words(first[0::2], seed, epoch, Purpose.MIXUP, 1)[:, 0].tolist()
-    lam = [np.random.RandomState(word).beta(alpha, alpha) for word in words]
-    weight = torch.tensor(lam, dtype=images.dtype, device=images.device).repeat_interleave(2)
-    partner = torch.arange(len(images), device=images.device) ^ 1
-    w = weight.view(-1, 1, 1, 1)
-    mixed_images = w * images + (1 - w) * images[partner]
-    mixed_targets = weight[:, None] * targets + (1 - weight[:, None]) * targets[partner]
-    return mixed_images, mixed_targets

@@ -41,7 +41,8 @@ class DataConfig:
     image_size: int = 224
     """Side of the pictures that the model gets, in pixels."""
     workers: int = 4
-    """Decoding threads of each rank; processes where augment.randaugment is on, or the native library is not built."""
+    """Decoding threads of each rank; processes where RandAugment, 3-Augment or colour jitter is on, or the native
+    library is not built."""
     window: int = 0
     """Shuffle within so many shards at a time, which bounds what a cache must hold; 0 shuffles all samples."""
     on_bad_sample: Literal["stop", "replace"] = "stop"

@@ -33,27 +33,35 @@ def layout_of(global_batch: int, micro_batch: int, rank: int, world_size: int, m
     `multiple_of`: what may not be split over two micro-batches.
     Errors: ValueError where there is none, naming what would do.
     """
-    if micro_batch < 1 or global_batch < 1:
-        raise ValueError(f"global_batch {global_batch} and micro_batch {micro_batch} must be at least 1")
+    fitting = fitting_micro_batches(global_batch, micro_batch, world_size, multiple_of)
+    return Layout(rank, world_size, fitting[-1], global_batch // world_size // fitting[-1])
+
+
+def fitting_micro_batches(global_batch: int, at_most: int, world_size: int, multiple_of: int = 1) -> list[int]:
+    """Micro-batches that a rank's share of the global batch can be cut into, ascending. Errors: as layout_of."""
+    if at_most < 1 or global_batch < 1:
+        raise ValueError(f"global_batch {global_batch} and micro_batch {at_most} must be at least 1")
     if global_batch % world_size:
         below = global_batch - global_batch % world_size
         near = [str(size) for size in (below, below + world_size) if size]
+        counts = [count for count in range(1, global_batch + 1) if global_batch % count == 0]
+        ranks = [max(count for count in counts if count < world_size), *(c for c in counts if c > world_size)][:2]
         raise ValueError(
             f"global_batch {global_batch} cannot be shared by {world_size} ranks: use {' or '.join(near)}, "
-            "or another number of ranks"
+            f"or start {' or '.join(map(str, ranks))} ranks"
         )
     share = global_batch // world_size
     divisors = [size for size in range(1, share + 1) if share % size == 0]
-    fitting = [size for size in divisors if size <= micro_batch and size % multiple_of == 0]
+    fitting = [size for size in divisors if size <= at_most and size % multiple_of == 0]
     if not fitting:
         larger = [str(size) for size in divisors if size % multiple_of == 0][:1]
-        groups = [str(size) for size in divisors if size <= micro_batch]
+        groups = [str(size) for size in divisors if size <= at_most]
         raise ValueError(
-            f"no micro_batch up to {micro_batch} divides the {share} samples of each rank and is a multiple of "
+            f"no micro_batch up to {at_most} divides the {share} samples of each rank and is a multiple of "
             f"{multiple_of} (noise.group_size, and mixup's pairs): sizes that do divide one: "
             f"{', '.join(groups)}{f'; or take a micro_batch of {larger[0]}' if larger else ''}"
         )
-    return Layout(rank, world_size, fitting[-1], share // fitting[-1])
+    return fitting
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:

@@ -19,6 +19,7 @@ import torch
 import torch.multiprocessing as mp
 
 from pipeline.data.batch import Batch
+from pipeline.interrupt import ignore_stop_requests
 
 _LAST_MOMENT_SECONDS = 2.0  # from the end of a pipe to the end of its process
 _AHEAD = 2  # items that each worker has at once: one is read while the last is fetched
@@ -155,7 +156,7 @@ def _work(pipe: connection.Connection, others: list[connection.Connection], read
     for other in others:
         other.close()  # the trainer's ends of all pipes, which the fork has copied
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the trainer decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ignore_stop_requests()
     torch.set_num_threads(1)
     try:
         while True:

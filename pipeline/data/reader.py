@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.data import native
 from pipeline.data.augment import (
     AugmentConfig,
-    apply_randaugment,
+    apply_colours,
     apply_training,
     evaluation_transform,
     training_crops,
@@ -65,7 +65,7 @@ class PictureReader:
         self.augment = reading.augment
         self.seed = reading.seed
         self.reading = reading
-        self.threaded = native.library() is not None and reading.augment.randaugment is None
+        self.threaded = native.library() is not None and not reading.augment.changes_colours
         self._label_table = labels.table
         self._pool: tuple[int, native.Pool] | None = None  # with the process that it belongs to
         self._pool_lock = threading.Lock()
@@ -107,11 +107,11 @@ class PictureReader:
                 images[i], other = self._in_place_of(int(ids[i]), epoch, error)
                 replaced.append(Replaced(int(ids[i]), other, str(error)))
                 ids[i] = other
-        if epoch is not None and self.augment.randaugment:
+        if epoch is not None and self.augment.changes_colours:
             for image, sample_id in zip(images, ids.tolist(), strict=True):
                 if in_hand is not None:
                     in_hand[0] = sample_id
-                image[:] = apply_randaugment(Image.fromarray(image), sample_id, self.seed, epoch, self.augment)
+                image[:] = apply_colours(Image.fromarray(image), sample_id, self.seed, epoch, self.augment)
         labels = self.labels_of(ids) if replaced else self._label_table[records["label"]]
         return Batch(buffer, torch.from_numpy(labels), torch.from_numpy(ids), tuple(replaced))
 

@@ -167,7 +167,7 @@ def _named(error: Exception, url: str, tries: int) -> OSError:
         return OSError(f"{url} cannot be read ({reason}): check the URL and fsspec's configuration")
     return OSError(
         f"{url} could not be read in {tries} tries, the last: {reason}; see that the store answers, "
-        "or raise data.cache.retry.retries or timeout_seconds; then go on with --resume"
+        "or raise data.cache.retry.retries or timeout_seconds; then start the same command, which goes on"
     )
 
 

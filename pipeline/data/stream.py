@@ -101,7 +101,8 @@ class Stream:
         had = "no sample yet" if death.sample_id is None else self._reader.where(death.sample_id)
         return (
             f"a loader process (pid {death.pid}) {death.how} while it had {had}: where memory ran out, lower "
-            "data.workers; else check the shard with `python -m data_prep verify`; then go on with --resume"
+            "data.workers; else check the shard with `python -m data_prep verify`; then start the same command, "
+            "which goes on"
         )
 
 

@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     ORDER = 5
     COLOUR = 6
     MIXUP = 7
+    ERASE = 8
+    DROP_PATH = 9
 
 
 def stream_of(site: str, purpose: Purpose) -> int:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def recipe_names() -> tuple[str, ...]:
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    """Modules whose names begin with _ are what recipes share."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
 def load_recipe(name: str) -> Recipe:

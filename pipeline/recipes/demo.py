@@ -36,6 +36,6 @@ RECIPE = Recipe(
         # A mirrored digit is another sign, and a small crop of one shows nothing: neither is augmented.
         augment=AugmentConfig(scale=(0.8, 1.0), flip=0.0, eval_crop="squash"),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=1),
-        parallel=ParallelConfig(processes=2, precision="fp32"),
+        parallel=ParallelConfig(strategy="zero1", processes=2, precision="fp32"),
     ),
 )

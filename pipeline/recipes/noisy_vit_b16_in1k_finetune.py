@@ -1,14 +1,7 @@
 """The official NoisyViT-B run: public weights fine-tuned at a tiny rate, optimal Q in the last block at inference."""
 
-from pathlib import Path
-
-from pipeline.config import Recipe, TrainConfig
-from pipeline.data.augment import AugmentConfig
-from pipeline.data.loader import DataConfig
-from pipeline.models import ModelConfig
-from pipeline.noise.config import NoiseConfig
-from pipeline.optim import OptimConfig
-from pipeline.parallel import ParallelConfig
+from pipeline.config import Recipe
+from pipeline.recipes._vit import official_finetune
 
 RECIPE = Recipe(
     purpose="NoisyNN's published ViT-B/16 fine-tuning on ImageNet-1k, by its own settings.",
@@ -23,19 +16,5 @@ RECIPE = Recipe(
         "per image about the 84.53 % of the weights it starts from (timm's results table); not measured. "
         "The published 93.87 % is transductive: groups of ten of one class"
     ),
-    config=TrainConfig(
-        run=Path("runs/noisy_vit_b16_in1k_finetune"),
-        epochs=50,
-        global_batch=16,
-        micro_batch=16,
-        label_smoothing=0.1,
-        log_every=100,
-        model=ModelConfig(name="vit_base_patch16_224.augreg_in21k_ft_in1k", pretrained=True),
-        data=DataConfig(image_size=224, workers=8),
-        noise=NoiseConfig(kind="optimal_q", site="blocks.11.attn", during="eval", group_size=None),
-        # Magnitude and count of RandAugment: torchvision's defaults, which the official code leaves as they are.
-        augment=AugmentConfig(scale=(0.05, 1.0), flip=0.0, randaugment="rand-m9-n2", eval_crop="squash"),
-        optim=OptimConfig(lr=1e-6, min_lr=1e-7, weight_decay=1e-4, warmup_epochs=10, clip_grad_norm=None),
-        parallel=ParallelConfig(engine="ddp", precision="bf16"),
-    ),
+    config=official_finetune("b", 224),
 )

@@ -9,17 +9,16 @@ import timm.data
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from pipeline.data.augment import (
     AugmentConfig,
     Crop,
-    apply_randaugment,
+    apply_colours,
     apply_training,
     evaluation_transform,
-    mixup,
     training_crops,
 )
 
@@ -188,38 +187,77 @@ def test_resizing_is_pillow_s_with_antialiasing():
 
 
 RANDAUGMENT = AugmentConfig(randaugment="rand-m9-mstd0.5-inc1")
+COLOURS = pytest.mark.parametrize(
+    "config",
+    [RANDAUGMENT, AugmentConfig(three_augment=True, color_jitter=0.3), AugmentConfig(color_jitter=0.4)],
+    ids=["randaugment", "3-augment", "jitter"],
+)
 
 
-def test_randaugment_is_reproducible_and_differs_by_key():
+@COLOURS
+def test_colours_are_reproducible_and_differ_by_key(config):
     image = picture(32, 32)
-    first = [np.asarray(apply_randaugment(image, i, 0, 0, RANDAUGMENT)) for i in range(12)]
+    first = [np.asarray(apply_colours(image, i, 0, 0, config)) for i in range(12)]
     random.seed(99)
     np.random.seed(99)
+    torch.manual_seed(99)
     for i in reversed(range(12)):
-        assert np.array_equal(apply_randaugment(image, i, 0, 0, RANDAUGMENT), first[i])
+        assert np.array_equal(apply_colours(image, i, 0, 0, config), first[i])
     assert len({pixels.tobytes() for pixels in first}) > 8  # some draw the identity
     for seed, epoch in ((1, 0), (0, 1)):
-        other = [np.asarray(apply_randaugment(image, i, seed, epoch, RANDAUGMENT)) for i in range(12)]
+        other = [np.asarray(apply_colours(image, i, seed, epoch, config)) for i in range(12)]
         assert sum(not np.array_equal(a, b) for a, b in zip(first, other, strict=True)) > 8
 
 
-def test_randaugment_leaves_the_global_generators_as_they_were():
+def test_three_augment_is_grey_solarised_or_blurred():
+    """timm's policy `3a`, each of the three about as often."""
+    image, config = picture(32, 32), AugmentConfig(three_augment=True)
+    pixels, solarised = np.asarray(image), np.asarray(ImageOps.solarize(image, 128))
+    counts = dict.fromkeys(("grey", "solarised", "blurred"), 0)
+
+    def roughness(of: np.ndarray) -> int:
+        return np.abs(np.diff(of.astype(int), axis=0)).sum()
+
+    for i in range(300):
+        found = np.asarray(apply_colours(image, i, 0, 0, config))
+        if (found == found[..., :1]).all():
+            counts["grey"] += 1
+        elif np.array_equal(found, solarised):
+            counts["solarised"] += 1
+        else:
+            assert roughness(found) <= roughness(pixels)
+            counts["blurred"] += 1
+    assert all(70 < count < 130 for count in counts.values()), counts  # 100 expected, a standard error of 8
+
+
+def test_colour_jitter_stays_within_its_share():
+    """A grey picture's brightness alone changes: contrast and saturation leave a plain grey as it is."""
+    grey = Image.new("RGB", (8, 8), (100, 100, 100))
+    levels = [np.asarray(apply_colours(grey, i, 0, 0, AugmentConfig(color_jitter=0.3))).mean() for i in range(200)]
+    assert 69 <= min(levels) < 75 and 125 < max(levels) <= 131
+
+
+@COLOURS
+def test_colours_leave_the_global_generators_as_they_were(config):
     def states() -> tuple:
         return random.getstate(), [np.array(part) for part in np.random.get_state()], torch.get_rng_state().tolist()
 
     before = states()
-    apply_randaugment(picture(32, 32), 5, 0, 0, RANDAUGMENT)
+    apply_colours(picture(32, 32), 5, 0, 0, config)
     after = states()
     assert before[0] == after[0] and before[2] == after[2]
     assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
     with pytest.raises(AttributeError):
-        apply_randaugment(None, 5, 0, 0, RANDAUGMENT)
+        apply_colours(None, 5, 0, 0, config)
     assert random.getstate() == before[0]
 
 
-def test_no_randaugment_is_the_same_picture():
-    image = picture(32, 32)
-    assert apply_randaugment(image, 5, 0, 0, AugmentConfig()) is image
+@COLOURS
+def test_what_changes_colours_is_training_s(config):
+    image, evaluation = picture(32, 32), config.for_evaluation()
+    assert config.changes_colours and not evaluation.changes_colours
+    assert apply_colours(image, 5, 0, 0, evaluation) is image
+    assert evaluation_transform(evaluation, 24)(image).shape == (3, 24, 24)
 
 
 @pytest.mark.parametrize("size", [(80, 60), (60, 81), (32, 32), (20, 200)])
@@ -258,66 +296,6 @@ def test_squash_shows_the_whole_picture():
     assert np.array_equal(found, image.resize((32, 32), Image.Resampling.BICUBIC))
 
 
-# Mixup
-
-
-def mixup_inputs(n: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(n, 3, 4, 4, generator=generator)
-    targets = torch.nn.functional.one_hot(torch.randint(0, 5, (n,), generator=generator), 5).float()
-    return images, targets, torch.randperm(1000, generator=generator)[:n]
-
-
-def coefficients(ids: torch.Tensor, seed: int = 1, epoch: int = 2, alpha: float = 0.4) -> torch.Tensor:
-    """Each sample's own weight, read from a mix of the unit vectors. (B,)"""
-    n = len(ids)
-    mixed, _ = mixup(torch.eye(n).view(n, n, 1, 1), torch.eye(n), ids, seed, epoch, alpha)
-    return mixed.view(n, n).diagonal()
-
-
-def test_mixup_mixes_neighbouring_pairs_with_one_coefficient():
-    images, targets, ids = mixup_inputs()
-    weights = coefficients(ids)
-    mixed, mixed_targets = mixup(images, targets, ids, 1, 2, 0.4)
-    for i in range(8):
-        partner, w = i + 1 if i % 2 == 0 else i - 1, weights[i].item()
-        assert w == weights[partner].item() and 0 <= w <= 1
-        # Two float32 products and a sum of numbers of order 1.
-        torch.testing.assert_close(mixed[i], w * images[i] + (1 - w) * images[partner], rtol=0, atol=1e-6)
-        torch.testing.assert_close(mixed_targets[i], w * targets[i] + (1 - w) * targets[partner], rtol=0, atol=1e-6)
-    torch.testing.assert_close(mixed_targets.sum(1), torch.ones(8), rtol=0, atol=1e-6)
-    assert len(set(weights.tolist())) == 4
-
-
-def test_mixup_is_keyed_by_the_pair_s_first_sample():
-    ids = mixup_inputs()[2]
-    weights = coefficients(ids)
-    assert torch.equal(coefficients(ids.view(4, 2).flip(0).flatten()), weights.view(4, 2).flip(0).flatten())
-    other_partners = ids.clone()
-    other_partners[1::2] += 5000
-    assert torch.equal(coefficients(other_partners), weights)
-    for changed in (coefficients(ids + 5000), coefficients(ids, seed=2), coefficients(ids, epoch=3)):
-        assert not (changed == weights).any()
-
-
-def test_mixup_split_over_ranks_is_the_whole():
-    images, targets, ids = mixup_inputs()
-    whole = mixup(images, targets, ids, 1, 2, 0.4)
-    for parts in (2, 4):
-        pieces = [
-            mixup(*part, 1, 2, 0.4)
-            for part in zip(images.chunk(parts), targets.chunk(parts), ids.chunk(parts), strict=True)
-        ]
-        for i in range(2):
-            assert torch.equal(torch.cat([piece[i] for piece in pieces]), whole[i])
-
-
-def test_mixup_coefficients_follow_the_beta_distribution():
-    weights = coefficients(torch.arange(2000), alpha=0.4)[::2].numpy()
-    assert stats.kstest(weights, stats.beta(0.4, 0.4).cdf).pvalue > 1e-3
-    assert stats.kstest(weights, stats.beta(0.7, 0.7).cdf).pvalue < 1e-3
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -328,6 +306,12 @@ def test_mixup_coefficients_follow_the_beta_distribution():
         ({"ratio": (2.0, 1.0)}, "augment.ratio"),
         ({"flip": -0.1}, "augment.flip"),
         ({"flip": 1.1}, "augment.flip"),
+        ({"randaugment": "rand-m9", "three_augment": True}, "augment.randaugment and augment.three_augment"),
+        ({"color_jitter": -0.1}, "augment.color_jitter"),
+        ({"erasing": 1.1}, "augment.erasing"),
+        ({"mixup_prob": -0.1}, "augment.mixup_prob"),
+        ({"switch_prob": math.nan}, "augment.switch_prob"),
+        ({"cutmix_alpha": math.inf}, "augment.cutmix_alpha"),
         ({"mixup_alpha": -1.0}, "augment.mixup_alpha"),
         ({"mixup_alpha": math.nan}, "augment.mixup_alpha"),
         ({"eval_crop_share": 0.0}, "augment.eval_crop_share"),

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint as ckpt
-from pipeline.models import ModelConfig, create_model, load_weights, weights_file
+from pipeline.models import ModelConfig, create_model
+from pipeline.weights import load_weights, weights_file
 
 SIZE = 32
 OPTIONS = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
@@ -154,6 +155,9 @@ def test_no_weights_there(tmp_path):
         weights_file(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
         weights_file(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match="folder is no finished checkpoint"):
+        weights_file(tmp_path / "folder")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
         weights_file(tmp_path)

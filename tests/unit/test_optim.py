@@ -7,15 +7,23 @@ import pytest
 import timm
 import torch
 
-from pipeline.optim import OptimConfig, create_optimizer, create_schedule
+from pipeline.data.order import Layout
+from pipeline.optim import PER_TENSOR, OptimConfig, create_optimizer, create_schedule
 
 STEPS = 20  # an epoch
+LAYOUT = Layout(rank=1, world_size=2, micro_batch=4, accumulation=2)  # 16 samples a step
+VIT = {"depth": 3, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 4}
+
+
+def vit() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **VIT)
 
 
 def rates(config: OptimConfig, epochs: int = 10, order: list[int] | None = None) -> list[float]:
     """The rate of each step of a run, as the training loop sets it; and of the step after the last."""
     optimizer = create_optimizer(torch.nn.Linear(3, 2), config)
-    schedule = create_schedule(optimizer, config, epochs, STEPS)
+    schedule = create_schedule(optimizer, config, epochs * STEPS, STEPS, LAYOUT)
     found = {}
     for step in order or range(epochs * STEPS + 1):
         schedule.step_update(step)
@@ -58,10 +66,126 @@ def test_the_rate_depends_on_the_step_alone():
     assert rates(config, order=steps) == [whole[step] for step in sorted(steps)]
 
 
-@pytest.mark.parametrize("warmup_epochs", [10, 10.0, 12])
-def test_a_warm_up_as_long_as_the_run_is_refused(warmup_epochs):
-    with pytest.raises(ValueError, match=r"optim\.warmup_epochs .* run of 10 epochs"):
-        rates(OptimConfig(warmup_epochs=warmup_epochs))
+def test_cool_down_stays_at_the_lowest_rate():
+    config = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_epochs=1, cooldown_epochs=3)
+    found = rates(config)
+    assert found[-1 - 3 * STEPS :] == [1e-5] * (3 * STEPS + 1)
+    assert found[-2 - 3 * STEPS] > 1e-5
+    # Before it, a run that is so much shorter.
+    assert found[: 7 * STEPS] == rates(OptimConfig(lr=1e-3, min_lr=1e-5, warmup_epochs=1), epochs=7)[:-1]
+
+
+def test_lengths_in_samples_are_rounded_to_steps_of_the_global_batch():
+    in_samples = OptimConfig(lr=1.0, warmup_epochs=7, warmup_samples=40 * 16 + 7, cooldown_samples=20 * 16 - 7)
+    assert rates(in_samples) == rates(OptimConfig(lr=1.0, warmup_epochs=2, cooldown_epochs=1))
+    assert rates(OptimConfig(warmup_samples=0)) == rates(OptimConfig(warmup_epochs=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"warmup_epochs": 10}, "warmup_epochs 10 and"),
+        ({"warmup_epochs": 12.5}, "warmup_epochs 12.5 and"),
+        ({"warmup_samples": 200 * 16}, "warmup_samples 3200 and"),
+        ({"warmup_epochs": 4, "cooldown_epochs": 6}, "cooldown_epochs 6 "),
+        ({"warmup_epochs": 4, "cooldown_samples": 120 * 16}, "cooldown_samples 1920 "),
+    ],
+)
+def test_a_run_without_a_step_between_warm_up_and_cool_down_is_refused(options, named):
+    with pytest.raises(ValueError, match=r"leave nothing of a run of 200 steps \(10 epochs\)") as error:
+        rates(OptimConfig(**options))
+    assert f"optim.{named}" in str(error.value) and "\n" not in str(error.value)
+
+
+# Layer decay
+
+
+def test_layer_decay_is_timm_s_and_survives_the_schedule():
+    model, config = vit(), OptimConfig(lr=1e-3, min_lr=1e-5, warmup_epochs=2, layer_decay=0.5)
+    optimizer = create_optimizer(model, config)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    by_name = {name: scales[id(p)] for name, p in model.named_parameters()}
+    # Embeddings, three blocks, then the last norm and the head.
+    expected = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 3, "blocks.2.norm1.bias": 1, "head.weight": 0}
+    assert {name: by_name[name] for name in expected} == {name: 0.5**depth for name, depth in expected.items()}
+    schedule = create_schedule(optimizer, config, 200, STEPS, LAYOUT)
+    plain = rates(OptimConfig(lr=1e-3, min_lr=1e-5, warmup_epochs=2))
+    for step in (0, 7, 40, 123, 200):
+        schedule.step_update(step)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(plain[step] * group["lr_scale"], rel=1e-12), step
+
+
+# The optimizers
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 0.01), ("sgd", 0.05), ("lamb", 0.2), ("muon", 0.02)])
+def test_every_optimizer_learns_under_its_schedule(optimizer, lr):
+    model = vit()
+    config = OptimConfig(optimizer=optimizer, lr=lr, warmup_epochs=0.1, layer_decay=0.9)
+    made = create_optimizer(model, config)
+    schedule = create_schedule(made, config, 20, STEPS, LAYOUT)
+    torch.manual_seed(1)
+    labels = torch.arange(16) % 4
+    images = 2 * torch.randn(4, 3, 32, 32)[labels] + torch.randn(16, 3, 32, 32)
+    losses = []
+    for step in range(20):
+        schedule.step_update(step)
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        made.step()
+        made.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    model = vit()
+    made = create_optimizer(model, OptimConfig(optimizer="muon", momentum=0.95))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    made.step()
+    for name, parameter in model.named_parameters():
+        state = made.state[parameter]
+        matrix = parameter.ndim >= 2 and name not in ("cls_token", "pos_embed")
+        assert ("momentum_buffer" in state, "exp_avg" in state) == (matrix, not matrix), name
+    assert all(group["momentum"] == 0.95 for group in made.param_groups)
+
+
+def test_lamb_does_not_clip_by_itself():
+    """optim.clip_grad_norm does, once, on the gradients of all ranks."""
+    made = create_optimizer(vit(), OptimConfig(optimizer="lamb"))
+    assert made.defaults["max_grad_norm"] is None
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = vit()
+    for parameter in model.blocks[0].parameters():
+        parameter.requires_grad_(False)
+    for layer_decay in (None, 0.5):
+        made = create_optimizer(model, OptimConfig(layer_decay=layer_decay))
+        grouped = {id(p) for group in made.param_groups for p in group["params"]}
+        assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model\.freeze leaves nothing to train"):
+        create_optimizer(model, OptimConfig())
+
+
+def test_optimizers_that_need_whole_tensors_are_those_that_change_when_a_tensor_is_cut():
+    """What ZeRO does to them: its partitions are stretches of flattened parameters."""
+
+    def updated(optimizer: str, parts: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        start, gradient = torch.randn(64, 8), torch.randn(64, 8)
+        cut = [torch.nn.Parameter(part.clone()) for part in start.chunk(parts)]
+        made = create_optimizer(torch.nn.ParameterList(cut), OptimConfig(optimizer=optimizer, lr=0.1))
+        for part, its_gradient in zip(cut, gradient.chunk(parts), strict=True):
+            part.grad = its_gradient.clone()
+        made.step()
+        return torch.cat([part.detach() for part in cut])
+
+    for optimizer in ("adamw", "sgd", "lamb", "muon"):
+        assert torch.equal(updated(optimizer, 1), updated(optimizer, 4)) == (optimizer not in PER_TENSOR), optimizer
 
 
 @pytest.mark.parametrize(
@@ -72,7 +196,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused(warmup_epochs):
         ("convnext_atto", {}),
     ],
 )
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "muon"])
 def test_no_weight_decay_on_biases_and_norms(name, options, optimizer):
     model = timm.create_model(name, num_classes=4, **options)
     made = create_optimizer(model, OptimConfig(optimizer=optimizer, weight_decay=0.3))
@@ -111,7 +235,16 @@ def test_the_options_reach_the_optimizer():
         ({"weight_decay": math.nan}, "weight_decay"),
         ({"warmup_epochs": -1}, "warmup_epochs"),
         ({"warmup_epochs": math.nan}, "warmup_epochs"),
+        ({"warmup_samples": -1}, "warmup_samples"),
+        ({"cooldown_epochs": -1}, "cooldown_epochs"),
+        ({"cooldown_samples": -1}, "cooldown_samples"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"layer_decay": 0.0}, "layer_decay"),
+        ({"layer_decay": 1.1}, "layer_decay"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"ema_decay": math.nan}, "ema_decay"),
     ],
     ids=str,
 )

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
-from pipeline.data.augment import AugmentConfig, mixup
+from pipeline.data.augment import AugmentConfig
 from pipeline.data.batch import Batch
+from pipeline.data.mixing import erase, mix, targets_of
 from pipeline.models import Preprocess
 from pipeline.noise import reference
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
-from pipeline.train import _shown_inputs, inputs_and_targets
+from pipeline.step import _shown_inputs, inputs_and_targets
 
 SEED, EPOCH, SIZE = 11, 3, 32
 IDS = torch.tensor([40, 3, 1 << 33, 7, 8, 1000])
@@ -184,12 +185,20 @@ def test_sample_ids_of_another_batch_and_forgetting_them_are_errors():
 # In training
 
 
-def a_run(noise: NoiseConfig, mixup_alpha: float) -> SimpleNamespace:
-    """As much of a train.Training as a batch on its way into the network meets."""
+PLAIN = AugmentConfig()
+AUGMENTS = pytest.mark.parametrize(
+    "augment",
+    [PLAIN, AugmentConfig(mixup_alpha=0.4), AugmentConfig(erasing=0.7), AugmentConfig(cutmix_alpha=1, erasing=0.7)],
+    ids=["alone", "mixup", "erasing", "both"],
+)
+
+
+def a_run(noise: NoiseConfig, augment: AugmentConfig) -> SimpleNamespace:
+    """As much of a build.Training as a batch on its way into the network meets."""
     preprocess = prepared(Tiny(), noise)
     return SimpleNamespace(
-        config=TrainConfig(seed=SEED, augment=AugmentConfig(mixup_alpha=mixup_alpha), noise=noise),
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        config=TrainConfig(seed=SEED, label_smoothing=0.1, augment=augment, noise=noise),
+        engine=SimpleNamespace(device=torch.device("cpu")),
         model=preprocess.injector._model,
         preprocess=preprocess,
         classes=("a", "b", "c"),
@@ -200,15 +209,17 @@ def a_run(noise: NoiseConfig, mixup_alpha: float) -> SimpleNamespace:
 
 
 @ALL_KINDS
-@pytest.mark.parametrize("alpha", [0.0, 0.4], ids=["alone", "mixup"])
-def test_training_has_the_noise_once_and_behind_mixup(noise, alpha):
-    run = a_run(noise, alpha)
+@AUGMENTS
+def test_training_has_the_noise_once_and_behind_erasing_and_mixing(noise, augment):
+    run = a_run(noise, augment)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     x, targets = inputs_and_targets(run, Batch(pictures(), labels, IDS), EPOCH)
     run.model(x)
-    wanted, wanted_targets = expected(run.model, NoiseConfig()), nn.functional.one_hot(labels).float()
-    if alpha:
-        wanted, wanted_targets = mixup(wanted, wanted_targets, IDS, SEED, EPOCH, alpha)
+    clean = expected(run.model, NoiseConfig())
+    wanted = erase(clean, IDS, SEED, EPOCH, augment)
+    wanted, wanted_targets = mix(wanted, labels, IDS, SEED, EPOCH, augment, 3, 0.1)
+    assert torch.equal(clean, wanted) == (augment is PLAIN)
+    assert torch.equal(targets_of(labels, 3, 0.1), wanted_targets) == (not augment.mixes_samples)
     if noise.kind != "none":
         mean, std = (torch.tensor(run.model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
         extremes = -mean / std, (1 - mean) / std
@@ -217,9 +228,9 @@ def test_training_has_the_noise_once_and_behind_mixup(noise, alpha):
     assert torch.equal(targets, wanted_targets)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.4], ids=["alone", "mixup"])
-def test_the_pictures_shown_are_what_the_network_gets(alpha):
-    run, shown = a_run(KINDS["gaussian"], alpha), []
+@AUGMENTS
+def test_the_pictures_shown_are_what_the_network_gets(augment):
+    run, shown = a_run(KINDS["gaussian"], augment), []
     run.log.pictures = lambda name, step, grid: shown.append((name, step, grid))
     for _ in range(2):
         x, _ = inputs_and_targets(run, Batch(pictures(), torch.zeros(6, dtype=torch.int64), IDS), EPOCH)
@@ -229,4 +240,6 @@ def test_the_pictures_shown_are_what_the_network_gets(alpha):
     assert (name, step) == ("input/step_0", 0)
     assert torch.equal(grid, run.preprocess.undo(run.model.seen[0]))
     plain = pictures().double()
-    assert alpha or 10 < (grid - plain).abs().mean() < 60  # 0.7 of a std of 0.22: about 40 levels, many cut off
+    assert (
+        augment is not PLAIN or 10 < (grid - plain).abs().mean() < 60
+    )  # 0.7 of a std of 0.22: about 40 levels, many cut off

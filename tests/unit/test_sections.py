@@ -57,7 +57,7 @@ def test_a_value_out_of_range_is_refused_by_its_own_section():
 
 @pytest.mark.parametrize(
     ("section", "option"),
-    [("data", "format"), ("optim", "optimizer"), ("parallel", "engine"), ("parallel", "zero_stage"), ("noise", "kind")],
+    [("data", "format"), ("optim", "optimizer"), ("parallel", "strategy"), ("loss", "kind"), ("noise", "kind")],
 )
 def test_a_value_that_is_no_choice_is_refused(section, option):
     body = to_json(TrainConfig())

@@ -1,0 +1,5 @@
+"""NoisyViT-L/16 on ImageNet-1k from scratch."""
+
+from pipeline.recipes._vit import noisy_vit_recipe
+
+RECIPE = noisy_vit_recipe("l", micro_batch=64, hardware="8 GPUs of 80 GB or more")
