@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 _COMMANDS = {
@@ -31,10 +32,12 @@ def main(arguments: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        from pipeline.parallel import is_lost_peer
+        from pipeline.parallel import is_lost_peer, is_timeout
 
         if is_lost_peer(error):
             return 1  # that peer, or its launcher, says why
+        if is_timeout(error):
+            return _hung(error)
         raise
     except (ValueError, OSError) as error:
         if os.environ.get("NOISYNN_TRACEBACK"):
@@ -42,6 +45,18 @@ def main(arguments: list[str]) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
         return 2
+
+
+def _hung(error: RuntimeError) -> int:
+    """Another rank did not come to a collective: says where this one waited."""
+    import faulthandler
+
+    reason = str(error).strip().splitlines()[0]
+    rank = os.environ.get("RANK", "0")
+    print(f"error (rank {rank}): the ranks waited longer than parallel.timeout_seconds: {reason}", file=sys.stderr)
+    traceback.print_tb(error.__traceback__)
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    return 1
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.checkpoint import Generation, export_universal
 from pipeline.config import TrainConfig
 from pipeline.evaluate import Accuracy, EvaluateConfig, evaluate, load_model, open_checkpoint
 from pipeline.parallel import guard_rank, launch, launched_here, quiet_libraries, ranks_from_environment
@@ -32,8 +33,7 @@ def train_command(arguments: list[str]) -> int:
         guard_rank()
         if not launched_here():  # torchrun's ranks have not been looked at
             check(config, ranks.world_size)
-        run_training(config, ranks)
-        return 0
+        return run_training(config, ranks)
     check(config, config.parallel.processes)
     return launch(["train", *arguments], config.parallel.processes)
 
@@ -109,12 +109,19 @@ def print_information(rows: list[InformationRow]) -> None:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes a checkpoint's weights under timm's names: `timm.create_model(...).load_state_dict(..., strict=True)`."""
+    """Writes a checkpoint for others to read.
+
+    timm: its weights, for `timm.create_model(...).load_state_dict(..., strict=True)`. deepspeed-universal: its whole
+    state, which DeepSpeed loads at any world size with `checkpoint: {load_universal: true}`.
+    """
 
     checkpoint: Path
     """A run folder or one checkpoint in it."""
     output: Path
-    """The .safetensors file to write."""
+    """The .safetensors file to write; for deepspeed-universal a folder, new or empty."""
+    format: Literal["timm", "deepspeed-universal"] = "timm"
+    ema: bool = False
+    """timm: the averaged weights (optim.ema_decay) instead of the last ones."""
 
 
 def export_command(arguments: list[str]) -> int:
@@ -124,10 +131,12 @@ def export_command(arguments: list[str]) -> int:
     from data_prep.manifest import atomic_file
 
     config = tyro.cli(ExportConfig, prog="python -m pipeline export", args=arguments)
+    if config.format == "deepspeed-universal":
+        return _export_universal(config)
     if config.output.suffix != ".safetensors":
         raise ValueError(f"output {config.output}: the name must end in .safetensors")
     checkpoint = open_checkpoint(config.checkpoint)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, config.ema)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     metadata = {
         "timm_model": checkpoint.model.name,
@@ -140,6 +149,17 @@ def export_command(arguments: list[str]) -> int:
         file.write(save(weights, metadata))
     parameters = sum(t.numel() for t in weights.values() if isinstance(t, torch.Tensor))
     print(f"{config.output}: {len(weights)} tensors, {parameters:,} values, for timm's {checkpoint.model.name}")
+    return 0
+
+
+def _export_universal(config: ExportConfig) -> int:
+    if config.ema:
+        raise ValueError("--ema: DeepSpeed's format has no averaged weights; export them with --format timm")
+    folder = open_checkpoint(config.checkpoint).folder
+    generation = Generation(folder)
+    generation.verify()
+    written = export_universal(generation, config.output)
+    print(f"{written}: {folder.name} in DeepSpeed's universal format")
     return 0
 
 

@@ -201,19 +201,22 @@ print("ok writes and reads back a .beton")
 _RANKS_PROBE = """
 import torch
 from pipeline.data.order import layout_of
-from pipeline.parallel import ParallelConfig, assert_engine, build_accelerator, leave, ranks_from_environment
+from pipeline.engine import create_engine
+from pipeline.parallel import ParallelConfig, join_ranks, leave, ranks_from_environment
 ranks = ranks_from_environment()
-config = ParallelConfig(engine="deepspeed", zero_stage=1, precision="fp32")
-accelerator = build_accelerator(config, layout_of(4, 2, ranks.rank, ranks.world_size), None)
+device = join_ranks(ranks)
+layout = layout_of(4, 2, ranks.rank, ranks.world_size)
 model = torch.nn.Linear(3, 2)
-engine, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-assert_engine(engine, config, ranks.world_size)
-accelerator.backward(engine(torch.ones(2, 3, device=accelerator.device)).sum())
-total = accelerator.reduce(torch.tensor(float(ranks.rank + 1), device=accelerator.device), reduction="sum").item()
+config = ParallelConfig(strategy="zero1", precision="fp32")
+engine = create_engine(model, torch.optim.AdamW(model.parameters()), config, layout, None, None)
+engine.backward(engine.module(torch.ones(2, 3, device=device)).sum(), last=True)
+assert engine.step().applied
+total = torch.tensor(float(ranks.rank + 1), device=device)
+torch.distributed.all_reduce(total)
 assert total == 3, total
 if ranks.rank == 0:
     backend = torch.distributed.get_backend()
     print(f"ok ZeRO-1 took a step over {backend}; both ranks answered", flush=True)
-accelerator.wait_for_everyone()
+torch.distributed.barrier()
 leave(0)
 """

@@ -7,6 +7,7 @@ pictures. What does change with them (a noise that mixes samples) is called tran
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,9 @@ from torch import nn
 
 from pipeline.checkpoint import (
     CONFIG_NAME,
+    EMA_NAME,
     LABEL_MAP_NAME,
+    WEIGHTS_NAME,
     latest_generation,
     recorded_sha256,
     verify_generation,
@@ -29,7 +32,7 @@ from pipeline.data.batch import Reader
 from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import DataConfig, EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
-from pipeline.models import WEIGHTS_NAME, ModelConfig, Preprocess, create_model
+from pipeline.models import ModelConfig, Preprocess, create_model
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks, join_ranks, snapshot_environment
@@ -51,6 +54,8 @@ class EvaluateConfig:
     orders: tuple[Literal["class", "shuffled"], ...] = ("class", "shuffled")
     """Orders in which the noise protocol is run."""
     shuffle_seed: int = 0
+    ema: bool = False
+    """Evaluate the averaged weights (optim.ema_decay) instead of the last ones."""
     format: Literal["wds", "ffcv"] = "wds"
     batch: int = 250
     workers: int = 2
@@ -92,22 +97,39 @@ class Accuracy:
         return to_json(self) | {"top1": self.top1, "top5": self.top5}
 
 
+class Interrupted(Exception):
+    """A pass that was given up, by all ranks: its counts mean nothing."""
+
+
 class Evaluator:
     """A model, its preprocessing and its noise on one split; counts are summed over ranks."""
 
-    def __init__(self, model: nn.Module, injector: NoiseInjector, reader: Reader, batch: int, workers: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        injector: NoiseInjector,
+        reader: Reader,
+        batch: int,
+        workers: int,
+        half_dtype: torch.dtype | None = None,
+    ) -> None:
+        """half_dtype: of autocast, as in training; None computes in the weights' own format."""
         self.model = model
         self.injector = injector
         self.reader = reader
         self.batch = batch
         self.workers = workers
+        self.half_dtype = half_dtype
         self.device = next(model.parameters()).device
         self.preprocess = Preprocess(model, self.device, injector)
 
-    def per_image(self, ranks: Ranks) -> Accuracy:
-        """Noise off, whatever was trained with it."""
+    def per_image(self, ranks: Ranks, still_wanted: Callable[[], bool] = lambda: True) -> Accuracy:
+        """Noise off, whatever was trained with it.
+
+        still_wanted: asked before each batch. Errors: Interrupted, on all ranks, where it is not on any.
+        """
         with self.injector.off():
-            return self._run("per_image", "manifest", np.arange(len(self.reader)), 1, ranks)
+            return self._run("per_image", "manifest", np.arange(len(self.reader)), 1, ranks, still_wanted)
 
     def with_noise(self, order: Order, seed: int, ranks: Ranks) -> Accuracy:
         """The injector's noise, in class order or shuffled."""
@@ -119,22 +141,38 @@ class Evaluator:
         return self._run(name, order, ids, group, ranks)
 
     @torch.no_grad()
-    def _run(self, protocol: str, order: Order, ids: np.ndarray, group: int, ranks: Ranks) -> Accuracy:
+    def _run(
+        self,
+        protocol: str,
+        order: Order,
+        ids: np.ndarray,
+        group: int,
+        ranks: Ranks,
+        still_wanted: Callable[[], bool] = lambda: True,
+    ) -> Accuracy:
         was_training = self.model.training
         self.model.eval()
         loader = EvaluationLoader(self.reader, ids, self.batch, group, ranks.rank, ranks.world_size, self.workers)
-        counts = torch.zeros(4, dtype=torch.int64)  # seen, sum of ids, top-1, top-5
+        counts = torch.zeros(5, dtype=torch.int64)  # seen, sum of ids, top-1, top-5, given up
         for images, labels, sample_ids, _ in loader:
+            if not still_wanted():
+                counts[4] = 1
+                break
             self.injector.set_batch(sample_ids.to(self.device), epoch=0)
-            logits = self.model(self.preprocess(images)).float().cpu()
+            with torch.autocast(self.device.type, self.half_dtype, enabled=self.half_dtype is not None):
+                logits = self.model(self.preprocess(images)).float().cpu()
             if not torch.isfinite(logits).all():
                 raise ValueError(
                     f"the model's output is not finite near sample {int(sample_ids[0])}: it cannot be ranked"
                 )
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            counts += torch.stack((torch.tensor(len(labels)), sample_ids.sum(), best[:, 0].sum(), best.any(1).sum()))
+            counts[:4] += torch.stack(
+                (torch.tensor(len(labels)), sample_ids.sum(), best[:, 0].sum(), best.any(1).sum())
+            )
         self.model.train(was_training)
-        seen, id_sum, top1, top5 = _summed(counts, self.device, ranks)
+        seen, id_sum, top1, top5, given_up = _summed(counts, self.device, ranks)
+        if given_up:
+            raise Interrupted
         n = len(ids)
         assert (seen, id_sum) == (n, n * (n - 1) // 2), f"{seen} of {n} pictures were evaluated exactly once"
         noise = self.injector.config if self.injector.enabled else NoiseConfig()
@@ -187,9 +225,9 @@ def open_checkpoint(source: Path) -> Checkpoint:
     )
 
 
-def load_model(checkpoint: Checkpoint) -> nn.Module:
-    """The checkpoint's timm model with its weights, on the CPU, its sums checked."""
-    config = replace(checkpoint.model, init_from=checkpoint.folder, new_head=False, pretrained=False)
+def load_model(checkpoint: Checkpoint, ema: bool = False) -> nn.Module:
+    """The checkpoint's timm model with its weights or their average, on the CPU, its sums checked."""
+    config = replace(checkpoint.model.without_start(), init_from=checkpoint.folder, init_ema=ema)
     return create_model(config, len(checkpoint.classes), checkpoint.data.image_size)
 
 
@@ -197,14 +235,14 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> list[Accuracy]:
     """Per image first, then the noise in each order. Under torchrun each rank takes its share, and rank 0 writes."""
     checkpoint = open_checkpoint(config.checkpoint)
     data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
-    augment = replace(checkpoint.augment, randaugment=None)  # it is training's
+    augment = checkpoint.augment.for_evaluation()
     reader = open_split(config.data, data, augment, checkpoint.seed)
     if reader.classes != checkpoint.classes:
         raise ValueError(
             f"{config.data} has {len(reader.classes)} classes {reader.classes[:3]}..., the checkpoint was trained on "
             f"{len(checkpoint.classes)} {checkpoint.classes[:3]}...: evaluate the data it was trained for"
         )
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, config.ema)
     own = checkpoint.noise if checkpoint.noise.active(training=False) else NoiseConfig()
     noise = replace(own if config.noise.kind == "none" else config.noise, during="eval")
     injector = NoiseInjector(model, noise, data.image_size, checkpoint.seed)
@@ -231,7 +269,7 @@ def _report(config: EvaluateConfig, checkpoint: Checkpoint, results: list[Accura
     return {
         "checkpoint": str(checkpoint.folder),
         "step": checkpoint.step,
-        "weights_sha256": recorded_sha256(checkpoint.folder, WEIGHTS_NAME),
+        "weights_sha256": recorded_sha256(checkpoint.folder, EMA_NAME if config.ema else WEIGHTS_NAME),
         "config": to_json(config),
         "accuracies": [result.to_json() for result in results],
         "environment": snapshot_environment(),

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import recorded_sha256, write_json
+from pipeline.checkpoint import WEIGHTS_NAME, recorded_sha256, write_json
 from pipeline.data.batch import Reader
 from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
 from pipeline.evaluate import Checkpoint, Order, load_model, open_checkpoint
-from pipeline.models import WEIGHTS_NAME, Preprocess
+from pipeline.models import Preprocess
 from pipeline.noise import entropy
 from pipeline.noise.config import IMAGE_SITE, LINEAR_KINDS, NoiseConfig
 from pipeline.noise.entropy import Interval
@@ -297,7 +297,7 @@ def measure_information(config: EntropyConfig, ranks: Ranks) -> list[Information
     checkpoint = open_checkpoint(config.checkpoint)
     wanted = list(noises(config, checkpoint.noise))
     data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
-    reader = open_split(config.data, data, replace(checkpoint.augment, randaugment=None), checkpoint.seed)
+    reader = open_split(config.data, data, checkpoint.augment.for_evaluation(), checkpoint.seed)
     if reader.classes != checkpoint.classes:
         raise ValueError(
             f"{config.data} has {len(reader.classes)} classes {reader.classes[:3]}..., the checkpoint was trained on "

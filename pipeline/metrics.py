@@ -36,9 +36,16 @@ class RunLog:
         self._writer = SummaryWriter(str(run), purge_step=done_steps + 1 if done_steps else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """A value that is not a number is left out: JSON has none, and no curve can show it."""
+        values = {tag: value for tag, value in values.items() if math.isfinite(value)}
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._file.write(json.dumps({"step": step} | values) + "\n")
+
+    def histograms(self, step: int, weights: dict[str, Tensor]) -> None:
+        """One for each tensor, under weights/NAME."""
+        for name, weight in weights.items():
+            self._writer.add_histogram(f"weights/{name}", weight, step)
 
     def pictures(self, tag: str, step: int, images: Tensor) -> None:
         """images: uint8 (B, H, W, 3), drawn as a near-square grid, black where it has more places than pictures."""

@@ -80,7 +80,7 @@ def results_of(findings: Findings, seconds_total: float | None) -> dict[str, Any
         "finetune_num_classes": finetune.num_classes,
         "group_size": GROUP_SIZE,
         "shuffle_seed": findings.last_block.config.shuffle_seed,
-        **{name: pretrain.results[name] for name in ("world_size", "distributed_type", "engine", "zero_stage")},
+        **{name: pretrain.results[name] for name in ("world_size", "engine", "strategy")},
         "model": pretrain.config.model.name,
         "noise": pretrain.results["noise"],
         "noise_description": pretrain.results["noise_description"],

@@ -10,11 +10,10 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from pipeline.checkpoint import CONFIG_NAME, latest_generation, recorded_sha256
+from pipeline.checkpoint import CONFIG_NAME, WEIGHTS_NAME, latest_generation, recorded_sha256
 from pipeline.config import TrainConfig
 from pipeline.evaluate import Accuracy, EvaluateConfig
 from pipeline.metrics import METRICS_NAME
-from pipeline.models import WEIGHTS_NAME
 from pipeline.sections import from_json
 
 GROUP_SIZE = 10  # part of the names in results.json
@@ -185,9 +184,9 @@ def _read_json(path: Path, keys: Sequence[str], mend: str) -> dict[str, Any]:
 
 
 def _read_run(folder: Path) -> Run:
-    mend = "train there to the end (--resume goes on), or name another run folder"
+    mend = "train there to the end (the same command goes on), or name another run folder"
     path = folder / "results.json"
-    keys = ("per_image", "steps", "world_size", "distributed_type", "engine", "zero_stage", "noise", "environment")
+    keys = ("per_image", "steps", "world_size", "engine", "strategy", "noise", "environment")
     results = _read_json(path, (*keys, "noise_description", "num_train_images", "num_eval_images"), mend)
     generation = latest_generation(folder)
     if generation is None:

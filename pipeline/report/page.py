@@ -110,7 +110,6 @@ def _run_facts(run: Run) -> dict[str, str]:
     start = "random weights" if config.model.init_from is None else shown_path(config.model.init_from)
     start = "timm's public weights" if config.model.pretrained else start
     rate, waiting = run.throughput
-    zero = "not used" if results["zero_stage"] is None else str(results["zero_stage"])
     return {
         "Model (timm)": f"{config.model.name}{f' ({options})' if options else ''}",
         "Starting weights": start + (", new head" if config.model.new_head else ""),
@@ -119,8 +118,7 @@ def _run_facts(run: Run) -> dict[str, str]:
         "Noise": results["noise_description"],
         "Length": f"{config.epochs} epochs, {results['steps']:,} steps",
         "World size": f"{results['world_size']} ranks" if results["world_size"] != 1 else "1 rank",
-        "Engine": f"{results['engine']} ({results['distributed_type']}), {config.parallel.precision}",
-        "ZeRO stage": zero,
+        "Engine": f"{results['engine']}, {results['strategy']}, {config.parallel.precision}",
         "Global batch": f"{config.global_batch} images (micro-batch {config.micro_batch} a rank)",
         "Throughput": f"{rate:,.0f} images/s",
         "Waiting for data": f"{percent(waiting, 1)} of training time",

@@ -11,11 +11,12 @@ from numbers_reader import InMemoryPictures
 from safetensors.torch import save_file
 
 from pipeline import checkpoint as ckpt
+from pipeline.checkpoint import WEIGHTS_NAME
 from pipeline.config import TrainConfig
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.loader import DataConfig
 from pipeline.evaluate import EvaluateConfig, Evaluator, evaluate, load_model, open_checkpoint
-from pipeline.models import WEIGHTS_NAME, ModelConfig, create_model
+from pipeline.models import ModelConfig, create_model
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks

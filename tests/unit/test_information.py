@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from pipeline import checkpoint as ckpt
 from pipeline.__main__ import main
+from pipeline.checkpoint import WEIGHTS_NAME
 from pipeline.config import TrainConfig
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.loader import DataConfig
@@ -27,7 +28,7 @@ from pipeline.information import (
     noises,
     pool,
 )
-from pipeline.models import WEIGHTS_NAME, ModelConfig, create_model
+from pipeline.models import ModelConfig, create_model
 from pipeline.noise import entropy
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.entropy import Interval

@@ -15,7 +15,7 @@ import pytest
 from small_shards import tars
 
 from pipeline.data import processes, reader
-from pipeline.data.augment import AugmentConfig, apply_randaugment
+from pipeline.data.augment import AugmentConfig, apply_colours
 from pipeline.data.loader import TrainLoader
 from pipeline.data.order import Layout
 
@@ -30,9 +30,9 @@ def dying(split, monkeypatch, death) -> TrainLoader:
     def fatal(picture, sample_id, *rest):
         if sample_id == FATAL:
             death()
-        return apply_randaugment(picture, sample_id, *rest)
+        return apply_colours(picture, sample_id, *rest)
 
-    monkeypatch.setattr(reader, "apply_randaugment", fatal)
+    monkeypatch.setattr(reader, "apply_colours", fatal)
     return TrainLoader(tars(split, AUGMENT), Layout(0, 1, 4, 1), 5, workers=2)
 
 
@@ -50,7 +50,7 @@ def test_its_sample_and_shard_are_named_within_10_seconds(split_copy, monkeypatc
     message = str(error.value)
     assert "sample 13 (" in message and "train-000001.tar, picture 6" in message, message
     assert ("was killed by SIGKILL while" in message) != ("ended with status 3 while" in message)
-    assert "--resume" in message
+    assert "which goes on" in message
 
 
 def test_one_that_lives_is_not_blamed(split_copy, monkeypatch):

@@ -51,9 +51,8 @@ def make_run(folder: Path, config: TrainConfig, classes: int, correct: int) -> N
         "per_image": accuracy("manifest", 1, correct).to_json(),
         "steps": steps,
         "world_size": 2,
-        "distributed_type": "DEEPSPEED",
         "engine": "DeepSpeedEngine",
-        "zero_stage": 1,
+        "strategy": "zero1",
         "noise": to_json(config.noise),
         "noise_description": config.noise.describe(),
         "num_train_images": 1400,
@@ -133,8 +132,7 @@ def test_results_hold_each_figure_under_its_name(written):
         "finetune_top1": 0.97,
         "finetune_top5": None,  # there are two classes
         "world_size": 2,
-        "distributed_type": "DEEPSPEED",
-        "zero_stage": 1,
+        "strategy": "zero1",
         "num_eval_images": 400,
         "commit": "c0ffee",
     }
