@@ -93,9 +93,13 @@ class Training:
                 file.close()
 
     @property
+    def total_steps(self) -> int:
+        """Of the schedule, whether or not this start takes them all."""
+        return total_steps(self.config, self.loader)
+
+    @property
     def last_step(self) -> int:
-        total = total_steps(self.config, self.loader)
-        return min(total, self.config.stop_after_steps or total)
+        return min(self.total_steps, self.config.stop_after_steps or self.total_steps)
 
 
 def total_steps(config: TrainConfig, loader: TrainLoader) -> int:
@@ -128,6 +132,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
     record = {} if generation is None else generation.record
     step = record.get("step", 0)
     main = ranks.rank == 0
+    writer = ckpt.CheckpointWriter(config.run, config.checkpoint, ranks.rank, ranks.world_size)
+    writer.prepare(engine.pieces())  # else the first save would take five times as long
     if main:
         cut_ledger(config.run, step)
     if ranks.world_size > 1:
@@ -144,7 +150,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
         loader=loader,
         evaluators=evaluators(config, engine, model, injector, readers),
         classes=readers[0].classes,
-        writer=ckpt.CheckpointWriter(config.run, config.checkpoint, ranks.rank, ranks.world_size),
+        writer=writer,
         agreement=Agreement(ranks.world_size, config.parallel.timeout_seconds),
         watchdog=Watchdog(config.parallel.timeout_seconds),
         log=RunLog(config.run, step) if main else None,

@@ -225,6 +225,11 @@ def open_checkpoint(source: Path) -> Checkpoint:
     )
 
 
+def run_folder(checkpoint: Checkpoint) -> Path:
+    """The folder of the run that it is of; its own where it stands alone."""
+    return next((p.parent for p in checkpoint.folder.parents if p.name == "checkpoints"), checkpoint.folder)
+
+
 def load_model(checkpoint: Checkpoint, ema: bool = False) -> nn.Module:
     """The checkpoint's timm model with its weights or their average, on the CPU, its sums checked."""
     config = replace(checkpoint.model.without_start(), init_from=checkpoint.folder, init_ema=ema)
@@ -260,7 +265,7 @@ def _output(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         return config.output
-    run = checkpoint.folder.parent.parent if checkpoint.folder.parent.name == "checkpoints" else checkpoint.folder
+    run = run_folder(checkpoint)
     name = "per_image" if config.noise.kind == "none" else f"{config.noise.kind}_{config.noise.site_label}"
     return run / f"evaluate_{name}.json"
 

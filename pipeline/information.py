@@ -22,7 +22,7 @@ from pipeline.data.batch import Reader
 from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
-from pipeline.evaluate import Checkpoint, Order, load_model, open_checkpoint
+from pipeline.evaluate import Checkpoint, Order, load_model, open_checkpoint, run_folder
 from pipeline.models import Preprocess
 from pipeline.noise import entropy
 from pipeline.noise.config import IMAGE_SITE, LINEAR_KINDS, NoiseConfig
@@ -317,7 +317,7 @@ def _output(config: EntropyConfig, checkpoint: Checkpoint, noise: NoiseConfig) -
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         return config.output
-    run = checkpoint.folder.parent.parent if checkpoint.folder.parent.name == "checkpoints" else checkpoint.folder
+    run = run_folder(checkpoint)
     return run / f"entropy_{noise.kind}_{noise.site_label}.json"
 
 

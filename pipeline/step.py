@@ -60,7 +60,7 @@ def train_step(run: Training, micro_batches: Iterable[Batch], epoch: int, save_d
 def micro_step(run: Training, batch: Batch, epoch: int, last: bool) -> Tensor:
     """Forward and backward. Returns the detached loss."""
     ids = batch.sample_ids.to(run.engine.device, non_blocking=True)
-    run.injector.set_batch(ids, epoch, run.step, run.step / run.last_step)
+    run.injector.set_batch(ids, epoch, run.step, run.step / run.total_steps)
     run.drop_path.set_batch(ids, epoch)
     x, targets = inputs_and_targets(run, batch, epoch)
     # Dropout draws from torch's generator: the same for any number of ranks at one micro-batch.
