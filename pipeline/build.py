@@ -20,7 +20,7 @@ from pipeline.data.batch import Reader
 from pipeline.data.loader import TrainLoader, open_split
 from pipeline.data.order import Layout, layout_of
 from pipeline.data.reader import PictureReader
-from pipeline.engine import Engine, create_engine
+from pipeline.engine import Engine, check_engine, create_engine
 from pipeline.evaluate import Accuracy, Evaluator
 from pipeline.flops import peak_flops, training_flops
 from pipeline.ledger import SampleLedger, cut_ledger
@@ -265,4 +265,5 @@ def check(config: TrainConfig, world_size: int) -> None:
         check_record(ckpt.Generation(found), config, loader)
     model, _ = build_model(config, reader, starting=found is None)
     optimizer = create_optimizer(model, config.optim)
+    check_engine(model, optimizer, config.parallel)
     create_schedule(optimizer, config.optim, total_steps(config, loader), loader.steps_per_epoch, layout)

@@ -29,8 +29,8 @@ from fault_plans import DEATHS, HANGS, Plan, Start, plan_of  # noqa: E402
 TIMEOUT_SECONDS = 5.0  # of collectives
 EXIT_SECONDS = TIMEOUT_SECONDS + 10  # within which every process of a broken start is gone
 STRAGGLER_SECONDS = 5.0  # as pipeline.parallel: then a rank that outlives another is killed
-GLOBAL_BATCH, EPOCHS, SAVE_EVERY = 32, 3, 3
-SHARED_MEMORY = Path("/dev/shm")
+GLOBAL_BATCH, EPOCHS, SAVE_EVERY = 32, 2, 3
+SHARED_MEMORY = "/dev/shm/"
 
 
 def options(run: Path, data: list[str], strategy: str) -> list[str]:
@@ -200,6 +200,15 @@ def meet_inside(training, stepping, building, rank: int, start: Start) -> None:
         os.fsync, training.save = fails, save_fails_once
 
 
+def held_by_others() -> set[str]:
+    """Names in shared memory that a living process has mapped: other programs of this machine."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found |= {line.split(SHARED_MEMORY)[1] for line in maps.read_text().splitlines() if SHARED_MEMORY in line}
+    return found
+
+
 def damage(run: Path, how: str, draw: random.Random) -> str | None:
     """To one file of the newest generation; returns that one's name."""
     generations = sorted((run / "checkpoints").glob("step-*"))
@@ -243,7 +252,7 @@ def carry_out(plan: Plan, folder: Path, data: list[str], steps: int) -> dict:
 
     run, draw = folder / f"plan-{plan.seed}", random.Random(plan.seed)
     shutil.rmtree(run, ignore_errors=True)
-    memory = {p.name for p in SHARED_MEMORY.iterdir()}
+    memory = set(os.listdir(SHARED_MEMORY))
     cost = {"plan": plan.to_json(), "starts": [], "generations_lost": 0, "problems": []}
     for number, start in enumerate(plan.starts):
         before, damaged = newest(run), None
@@ -260,7 +269,7 @@ def carry_out(plan: Plan, folder: Path, data: list[str], steps: int) -> dict:
     expected = [i for step in expected_ids(data, steps) for i in step]
     cost["samples_lost"] = len(expected) - sum(a == b for a, b in zip(ids, expected, strict=False))
     cost["samples_repeated"] = max(0, len(ids) - len(expected))
-    cost["shared_memory_left"] = len({p.name for p in SHARED_MEMORY.iterdir()} - memory)
+    cost["shared_memory_left"] = len(set(os.listdir(SHARED_MEMORY)) - memory - held_by_others())
     cost["temporary_left"] = len(list((run / "checkpoints").glob(".*")))
     cost["results"] = (run / "results.json").exists()
     return cost
@@ -285,13 +294,18 @@ def judge(cost: dict, outcome: dict, start: Start, before: int) -> None:
         cost["problems"].append(f"{outcome['left']} processes left")
 
 
-def main(folder: Path, data: list[str], seeds: list[int]) -> None:
-    import deepspeed  # noqa: F401
-    from accelerate import DeepSpeedPlugin
+def import_what_ranks_need() -> None:
+    """What a start with DeepSpeed imports late, too: six seconds of each rank."""
+    import accelerate  # noqa: F401
+    import deepspeed.runtime.zero.utils
+    import transformers.integrations  # noqa: F401
+    from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
 
     import pipeline.commands  # noqa: F401
 
-    DeepSpeedPlugin(hf_ds_config={"train_batch_size": 1, "zero_optimization": {"stage": 1}})  # it imports even more
+
+def main(folder: Path, data: list[str], seeds: list[int]) -> None:
+    import_what_ranks_need()
 
     steps = EPOCHS * (json.loads(Path(data[0]).read_text())["num_samples"] // GLOBAL_BATCH)
     undisturbed = {}
