@@ -1,4 +1,4 @@
-"""python -m benchmarks loader | noise | draws | train | cifar | shards"""
+"""python -m benchmarks loader | noise | draws | train | scaling | goodput | cifar | shards"""
 
 from __future__ import annotations
 
@@ -40,10 +40,22 @@ _QUESTIONS = {
         "whether a billion draws have the distribution that they should, and what they cost",
     ),
     "train": Question(
-        "benchmarks.gpu_train",
+        "benchmarks.train",
         "TrainOptions",
-        "measure_training",
-        "images/s of whole training steps, with noise and without, beside timm's",
+        "measure_trainer",
+        "the trainer's step beside bare loops, resuming, saving; with --device: steps on one GPU beside timm's",
+    ),
+    "scaling": Question(
+        "benchmarks.scaling",
+        "ScalingOptions",
+        "measure_scaling",
+        "weak scaling over the ranks at hand, and projected to 512 GPUs",
+    ),
+    "goodput": Question(
+        "benchmarks.goodput",
+        "GoodputOptions",
+        "measure_goodput",
+        "the share of useful steps in a run whose ranks are killed at random, beside Daly's estimate",
     ),
     "cifar": Question(
         "benchmarks.cifar",
@@ -58,6 +70,9 @@ _QUESTIONS = {
         "data_prep beside plain writes, webdataset, FFCV's writer and tarfile",
     ),
 }
+
+# `train --device ...`: without what only the trainer needs, for the smallest GPU environment has not that.
+_STEPS_ON_ONE_DEVICE = Question("benchmarks.gpu_train", "TrainOptions", "measure_training", "")
 
 
 def main(arguments: list[str]) -> int:
@@ -85,7 +100,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _answer(name: str, arguments: list[str]) -> int:
-    question = _QUESTIONS[name]
+    on_one_device = name == "train" and any(word.partition("=")[0] == "--device" for word in arguments)
+    question = _STEPS_ON_ONE_DEVICE if on_one_device else _QUESTIONS[name]
     module = import_module(question.module)
     options = parse_options(getattr(module, question.options), f"python -m benchmarks {name}", arguments)
     rows = getattr(module, question.measure)(options, ["-m", "benchmarks", name, *arguments])

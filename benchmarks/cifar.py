@@ -238,7 +238,8 @@ def train_twin(options: CifarOptions, data: OnDevice, seed: int, twin: str, on_t
     optim = options.optim
     optimizer = create_optimizer(model, optim)
     steps = len(data.labels) // options.batch
-    schedule = create_schedule(optimizer, optim, options.epochs, steps)
+    layout = Layout(0, 1, options.batch, 1)
+    schedule = create_schedule(optimizer, optim, options.epochs * steps, steps, layout)
     step, loss, seconds = 0, 0.0, []
     for epoch in range(options.epochs):
         on_turn(f"seed {seed}, {twin}: epoch {epoch + 1} of {options.epochs}")

@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cells import Cell, check_minutes, run_cells
 from benchmarks.harness import (
@@ -37,6 +36,7 @@ from benchmarks.harness import (
     summarise,
 )
 from benchmarks.training_step import DTYPES, chosen_device, loss_function, wait_for
+from pipeline.flops import mfu, peak_flops, training_flops
 from pipeline.models import ModelConfig, Preprocess, create_model, timm_settings
 from pipeline.noise import native
 from pipeline.noise.config import NoiseConfig
@@ -44,7 +44,6 @@ from pipeline.noise.inject import NoiseInjector
 
 CLASSES, SEED, LR = 1000, 0, 1e-4
 NOISE = NoiseConfig(kind="gaussian", strength=0.1, site="blocks.*.attn")
-STEP_OVER_FORWARD = 3  # the backward pass multiplies twice for each multiplication of the forward pass
 
 # By 36 bytes of activations for each token, channel and block, the backward pass needs 17 GB of T, S and B, 22 of L.
 BATCHES = {
@@ -59,15 +58,6 @@ AIMS = {  # images/s of one H200 at 224 pixels
     "vit_small_patch16_224": 12_000,
     "vit_base_patch16_224": 4_200,
     "vit_large_patch16_224": 1_340,
-}
-# Dense bfloat16 operations a second, of NVIDIA's data sheets; by whole name, for cards of one family differ.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
 }
 # Of a loss of about 7 at the start. The two sides round their pictures and, compiled, their sums in another order.
 _SAME_LOSS = 0.02
@@ -168,22 +158,9 @@ def _parameter_tensors(name: str, image_size: int) -> int:
         return len(list(create_model(ModelConfig(name), CLASSES, image_size).parameters()))
 
 
-def forward_flops(name: str, image_size: int) -> int:
-    """Floating point operations (two for each multiplication with its addition) of timm's model on one picture.
-
-    Counted on shapes alone; what is no matrix multiplication or convolution does not count.
-    """
-    with torch.device("meta"):
-        model = create_model(ModelConfig(name), CLASSES, image_size).eval()
-        picture = torch.empty(1, 3, image_size, image_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(picture)
-    return counter.get_total_flops()
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The card's dense bfloat16 peak; None for one that is not in the table."""
-    return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def peak_of(device: torch.device) -> float | None:
+    """The card's dense bfloat16 peak, whatever is measured; None for one that has no place in pipeline.flops."""
+    return peak_flops(torch.cuda.get_device_name(device), "bf16") if device.type == "cuda" else None
 
 
 def _measure_model(
@@ -224,15 +201,15 @@ def _rows(
         trainees.append(Trainee(contestant, name, options, pictures))
     contestants = [trainee.contestant(options.steps) for trainee in trainees]
     timings = compare(contestants, options.rounds, same_start, lambda text: on_turn(f"{name}: {text}"))
-    flops, peak = STEP_OVER_FORWARD * forward_flops(name, options.image_size), peak_flops(device)
+    flops, peak = training_flops(ModelConfig(name), CLASSES, options.image_size), peak_of(device)
     lines = []
     for row, trainee in zip(summarise("train", name, "images", contestants, timings), trainees, strict=True):
-        mfu = None if peak is None else Spread(*(rate * flops / peak for rate in row.items_per_second))._asdict()
+        used = [mfu(rate, flops, peak) for rate in row.items_per_second]
         own = {
             "batch": batch,
             "flops_per_image": flops,
             "peak_flops": peak,
-            "mfu": mfu,
+            "mfu": None if peak is None else dict(zip(Spread._fields, used, strict=True)),
             "peak_memory_bytes": trainee.peak_memory_bytes,
             "compile_seconds": trainee.first_step_seconds if options.compile else None,
             "first_loss": trainee.first_loss,
@@ -376,7 +353,7 @@ def _print_circumstances(rows: Sequence[dict[str, Any]], device: torch.device, p
         "median (lowest to highest); ratio of rates, turn by turn"
     )
     print(f"{environment['device']}, torch {environment['torch']}, timm {environment['timm']}; {conditions['dtype']}")
-    if peak_flops(device) is None:
-        print(f"no MFU: the bfloat16 peak of {environment['device']} is not in the table of benchmarks/gpu_train.py")
+    if peak_of(device) is None:
+        print(f"no MFU: the bfloat16 peak of {environment['device']} is not in the table of pipeline/flops.py")
     print("aim: of one NVIDIA H200; compile s: of the first step, in which nothing is compiled a second time")
     print(f"rows with versions, commit and command in {path}")

@@ -67,7 +67,7 @@ def sharded_samples(images: int, shards: int, processes: int, short_side: int | 
         if short_side is not None:
             options += ["--short-side", str(short_side)]
         manifest = _sharded(pictures.folder, "shards", options)
-        _or_said("the .beton", lambda: _data_prep("beton", str(manifest), "--processes", str(processes)))
+        _or_said("the .beton", lambda: run_data_prep("beton", str(manifest), "--processes", str(processes)))
         restart = _or_said(
             "restart markers", lambda: _sharded(pictures.folder, "restart", [*options, "--restart-markers"])
         )
@@ -77,7 +77,7 @@ def sharded_samples(images: int, shards: int, processes: int, short_side: int | 
 
 def _sharded(pictures: Path, name: str, options: list[str]) -> Path:
     out = pictures.with_name(name)
-    _data_prep("shard", "--source", str(pictures), "--out", str(out), *options)
+    run_data_prep("shard", "--source", str(pictures), "--out", str(out), *options)
     return manifest_path(out, "train")
 
 
@@ -109,7 +109,7 @@ def _unpack(archive: Path, target: Path, images: int) -> tuple[int, int]:
     return len(pictures), repeats
 
 
-def _data_prep(*words: str) -> None:
+def run_data_prep(*words: str) -> None:
     """Runs the command as a user does: benchmarks read data_prep's files, and import nothing but its manifest."""
     command = (sys.executable, "-m", "data_prep", *words)
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)

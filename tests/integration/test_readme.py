@@ -34,8 +34,10 @@ SMALL_BENCHMARKS = {
     "loader": shlex.split(
         "--batch 4 --workers 0 --image-size 32 --parts epoch plan --contestants webdataset tars restart_tars beton"
     ),
-    "noise": ["--megabytes", "1"],
+    "noise": ["--megabytes", "1", "--parts", "gaussian", "norm_noise"],  # as in the others, by torch.compile
     "shards": ["--source", "TWIN/data/imagenet/train", "--members", "100"],
+    "train": ["--parts", "plan"],  # test_benchmark_train.py has the ranks
+    "scaling": ["--step-seconds", "0.06"],
 }
 
 

@@ -18,8 +18,8 @@ from benchmarks import cells, cifar, cifar_audit, cifar_summary
 from benchmarks.cifar import CifarOptions, train_twin
 from benchmarks.cifar_data import read_pictures
 from benchmarks.cifar_summary import CLEAN, NOISY, Parting
-from benchmarks.gpu_train import forward_flops
 from benchmarks.harness import read_rows
+from pipeline.flops import forward_flops
 from pipeline.models import create_model
 from pipeline.noise.config import NoiseConfig
 
@@ -182,10 +182,8 @@ def test_each_named_noise_is_at_the_official_place_in_training(name):
     assert SMALL.noise_of(CLEAN) == NoiseConfig()
 
 
-def test_the_docstrings_arithmetic(monkeypatch):
-    options = CifarOptions()
-    monkeypatch.setattr("benchmarks.gpu_train.create_model", lambda config, *sizes: create_model(options.model, 10, 32))
-    forward = forward_flops("", 32)
+def test_the_docstrings_arithmetic():
+    forward = forward_flops(CifarOptions().model, 10, 32)
     assert forward == pytest.approx(1.42e9, rel=0.01)
     assert forward == pytest.approx(2 * 6 * (12 * 384**2 * 65 + 2 * 65**2 * 384), rel=0.01)
     assert 3 * forward * 50_000 == pytest.approx(213e12, rel=0.01)

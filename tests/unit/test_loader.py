@@ -25,13 +25,19 @@ class Faulty(Numbers):
         return super().batch(sample_ids, epoch)
 
 
-def test_worker_processes_give_the_same_batches(jpg_split):
-    """Over two epochs, with crops, flips and RandAugment; the workers stay from epoch to epoch."""
-    augment = AugmentConfig(randaugment="rand-m9-mstd0.5-inc1")
+@pytest.mark.parametrize(
+    "augment",
+    [AugmentConfig(randaugment="rand-m9-mstd0.5-inc1"), AugmentConfig(three_augment=True, color_jitter=0.3)],
+    ids=["randaugment", "3-augment"],
+)
+def test_worker_processes_give_the_same_batches(jpg_split, augment):
+    """Over two epochs, with crops, flips and colours; the workers stay from epoch to epoch."""
     found = []
     for workers in (0, 2):
         loader = TrainLoader(tars(jpg_split, augment), ONE_RANK, seed=5, workers=workers)
         found.append([batch for _ in range(2) for batch in loader])
+    plain = next(iter(TrainLoader(tars(jpg_split, AugmentConfig()), ONE_RANK, seed=5, workers=0)))
+    assert not plain.images.equal(found[0][0].images)
     assert len(found[0]) == len(found[1]) == 12
     assert all(itertools.starmap(same, zip(*found, strict=True)))
     assert not found[0][0].images.equal(found[0][6].images)  # the epochs differ

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -208,11 +209,15 @@ print(digest.hexdigest())
 
 def found_by_each_instruction_set(script: str) -> dict[str, str]:
     """What a script prints with the kernels of each that this processor has, which are two at least."""
-    found = {}
-    for lanes in ("AVX-512", "AVX2", "one lane"):
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"NOISYNN_LANES": lanes}
-        )
+
+    def run(lanes: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"NOISYNN_LANES": lanes}
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+
+    found, sets = {}, ("AVX-512", "AVX2", "one lane")
+    with ThreadPoolExecutor() as pool:  # each takes seconds to start
+        results = dict(zip(sets, pool.map(run, sets), strict=True))
+    for lanes, done in results.items():
         if done.returncode and "this processor has no" in done.stderr:
             continue
         assert done.returncode == 0, done.stderr
