@@ -9,28 +9,46 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from jobs import kubernetes, local, slurm
 from jobs.demo import DemoOptions, run_demo
-from jobs.kubernetes import KubernetesOptions
-from jobs.launch import Launch, require_tool, write_launch_file
-from jobs.local import LocalOptions
-from jobs.slurm import SlurmOptions
+from jobs.kubernetes import KubernetesBenchmarkOptions, KubernetesDataPrepOptions, KubernetesOptions
+from jobs.launch import Launch, require_tool, write_launch
+from jobs.local import LocalBenchmarkOptions, LocalDataPrepOptions, LocalOptions
+from jobs.slurm import SlurmBenchmarkOptions, SlurmDataPrepOptions, SlurmOptions
 
-Options = LocalOptions | SlurmOptions | KubernetesOptions | DemoOptions
+Training = LocalOptions | SlurmOptions | KubernetesOptions
+OtherWork = (
+    LocalDataPrepOptions
+    | LocalBenchmarkOptions
+    | SlurmDataPrepOptions
+    | SlurmBenchmarkOptions
+    | KubernetesDataPrepOptions
+    | KubernetesBenchmarkOptions
+)
 Command = (
     Annotated[LocalOptions, tyro.conf.subcommand("local")]
     | Annotated[SlurmOptions, tyro.conf.subcommand("slurm")]
     | Annotated[KubernetesOptions, tyro.conf.subcommand("kubernetes")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
+# In the place of a recipe: no recipe can be called so, for these are packages beside pipeline.
+OTHER_WORK = {
+    ("local", "data_prep"): LocalDataPrepOptions,
+    ("local", "benchmarks"): LocalBenchmarkOptions,
+    ("slurm", "data_prep"): SlurmDataPrepOptions,
+    ("slurm", "benchmarks"): SlurmBenchmarkOptions,
+    ("kubernetes", "data_prep"): KubernetesDataPrepOptions,
+    ("kubernetes", "benchmarks"): KubernetesBenchmarkOptions,
+}
 DESCRIPTION = """Launch `python -m pipeline train` on one machine, a Slurm cluster or Kubernetes; or run the demo.
 
-Prints the filled job file; --submit writes it to RUN/launch/ and submits it. Options after a bare -- are handed to the
-trainer as they are."""
+Prints the filled job file; --submit writes it to RUN/launch/<n>/, with a copy of the code, and submits it. Options
+after a bare -- are handed to the trainer as they are. `data_prep` or `benchmarks` in the place of a recipe launches
+`python -m data_prep` or `python -m benchmarks` with what follows a bare --."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,11 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"demo takes no options after --, such as {extra[0]}: leave them out")
             return run_demo(options)
         launch = plan(options, extra, f"python -m jobs {shlex.join(words)}")
-        if not options.training.submit:
-            sys.stdout.write(launch.text)
+        wanted = options.training if isinstance(options, Training) else options.work
+        if not wanted.submit:
+            sys.stdout.write(launch.printed())
             return 0
         require_tool(launch)
-        launch.submit(write_launch_file(launch))
+        launch.submit(write_launch(launch))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -69,15 +88,18 @@ def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:end]), list(words[end + 1 :])
 
 
-def parse(words: Sequence[str]) -> Options:
+def parse(words: Sequence[str]) -> Training | OtherWork | DemoOptions:
     """tyro's parser, its boxed error folded into one line.
 
     Raises:
         ValueError: an unknown, missing or malformed option.
     """
     said = io.StringIO()
+    other: Any = OTHER_WORK.get((words[0], words[1])) if len(words) > 1 else None
     try:
         with contextlib.redirect_stderr(said):
+            if other is not None:
+                return tyro.cli(other, args=words[2:], prog=f"python -m jobs {words[0]} {words[1]}")
             return tyro.cli(Command, args=words, prog="python -m jobs", description=DESCRIPTION)
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -92,13 +114,21 @@ def fold_box(box: str) -> str:
     return re.sub(r"\s+;", ";", " ".join(text.split()))
 
 
-def plan(options: LocalOptions | SlurmOptions | KubernetesOptions, extra: Sequence[str], command_line: str) -> Launch:
+def plan(options: Training | OtherWork, extra: Sequence[str], command_line: str) -> Launch:
     """The job file for these options."""
-    if isinstance(options, LocalOptions):
-        return local.plan(options, extra, command_line)
-    if isinstance(options, SlurmOptions):
-        return slurm.plan(options, extra, command_line)
-    return kubernetes.plan(options, extra, command_line)
+    match options:
+        case LocalOptions():
+            return local.plan(options, extra, command_line)
+        case SlurmOptions():
+            return slurm.plan(options, extra, command_line)
+        case KubernetesOptions():
+            return kubernetes.plan(options, extra, command_line)
+        case LocalDataPrepOptions() | LocalBenchmarkOptions():
+            return local.plan_work(options, extra, command_line)
+        case SlurmDataPrepOptions() | SlurmBenchmarkOptions():
+            return slurm.plan_work(options, extra, command_line)
+        case _:
+            return kubernetes.plan_work(options, extra, command_line)
 
 
 if __name__ == "__main__":

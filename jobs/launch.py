@@ -16,8 +16,11 @@ from typing import Any
 
 import jinja2
 
+from jobs.snapshot import COMMIT_NAME, commit_of, copy_code, describe_commit
+
 CODE_FOLDER = Path(os.path.abspath(__file__)).parent.parent  # abspath: resolving links breaks automounted home folders
 TEMPLATES = Path(__file__).parent / "templates"
+PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
 
 
@@ -26,15 +29,30 @@ class Quoted(str):
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One filled job file and how it is handed over."""
+class Place:
+    """Where a job finds its files."""
 
-    kind: str  # local, slurm, kubernetes: the file is called <kind>-<n><suffix>
+    folder: Path  # of the job file and the logs: <launch folder>/<n> of a job that is submitted
+    code: Path  # a copy made when it was submitted; the working tree, where a job file is only printed
+    commit: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A job file to fill, and how it is handed over."""
+
+    kind: str  # local, slurm, kubernetes: the file is called <kind><suffix>
     suffix: str
-    text: str
-    folder: Path  # where the file is written
+    fill: Callable[[Place], str]
+    folder: Path  # in which each launch gets a numbered folder
     tool: str  # the program that must be on PATH to submit it
     submit: Callable[[Path], None]
+    configuration: dict[str, Any]  # what was asked for, as configuration.json
+    snapshot: bool = True  # whether the job runs a copy of this code: a container's image has its own
+
+    def printed(self) -> str:
+        """The file as it would be, running the working tree."""
+        return self.fill(Place(self.folder, CODE_FOLDER, commit_of(CODE_FOLDER)))
 
 
 def quote_shell(value: str) -> Quoted:
@@ -115,11 +133,19 @@ def require_printable(options: Any) -> None:
 
 
 def require_printable_text(option: str, value: str) -> None:
-    """Refuses a line break, control character or undecodable byte."""
+    """Refuses a line break, control character or undecodable byte, and a URL with a password."""
+    if PASSWORD_IN_URL.search(value):
+        raise ValueError(f"{option}: a password in a URL would be written into the job file; give it by environment")
     if not value.isprintable():
         raise ValueError(
             f"{option}: {value!r} holds a line break or another character that cannot be printed; remove it"
         )
+
+
+def require_import_path(option: str, folder: Path) -> None:
+    """Refuses a folder that cannot stand in PYTHONPATH, where the copy of the code must."""
+    if ":" in str(folder):
+        raise ValueError(f"{option}: {folder} holds a colon, at which Python splits its path; choose another folder")
 
 
 def duration_seconds(option: str, text: str) -> int:
@@ -144,35 +170,49 @@ def require_port(port: int) -> None:
         raise ValueError(f"--port: {port} is outside 1024 to 65535; leave the option out or choose one inside")
 
 
-def write_launch_file(launch: Launch) -> Path:
-    """Writes ``<folder>/<kind>-<n><suffix>`` with the first free n, and returns its path.
+def write_launch(launch: Launch) -> Path:
+    """Writes `<folder>/<n>/` with the first free n: job file, code, commit and configuration. Returns the job file.
 
-    The temporary name holds the number while the file is written, and the final name is looked at only then, so two
-    launches at once never take the same one.
+    The temporary folder holds the number while it is filled, and the final name is looked at only then, so two launches
+    at once never take the same one.
     """
     launch.folder.mkdir(parents=True, exist_ok=True)
-    mode = 0o777 if launch.suffix == ".sh" else 0o666  # less the user's umask
+    temporary, final = _claim(launch.folder)
+    try:
+        code = final / "code" if launch.snapshot else CODE_FOLDER
+        if launch.snapshot:
+            copy_code(CODE_FOLDER, temporary / "code")
+        commit = describe_commit(CODE_FOLDER)
+        (temporary / COMMIT_NAME).write_text(commit, encoding="utf-8", errors="surrogateescape")
+        configuration = json.dumps(launch.configuration, indent=1, ensure_ascii=False) + "\n"
+        (temporary / "configuration.json").write_text(configuration, encoding="utf-8")
+        script = temporary / f"{launch.kind}{launch.suffix}"
+        script.write_text(launch.fill(Place(final, code, commit_of(CODE_FOLDER))), encoding="utf-8")
+        if launch.suffix == ".sh":
+            script.chmod(script.stat().st_mode | 0o111)
+        os.sync()  # hundreds of small files, of which none may be torn under the final name
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final / script.name
+
+
+def _claim(folder: Path) -> tuple[Path, Path]:
     number = 0
     while True:
         number += 1
-        final = launch.folder / f"{launch.kind}-{number}{launch.suffix}"
+        final = folder / str(number)
+        temporary = folder / f".{number}.tmp"
         if final.exists():
             continue
-        temporary = final.with_name(f".{final.name}.tmp")
         try:
-            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
-        except FileExistsError:
+            temporary.mkdir()
+        except FileExistsError:  # of a launch that was killed, or is still writing
             continue
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(launch.text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            if not final.exists():
-                temporary.rename(final)
-                return final
-        finally:
-            temporary.unlink(missing_ok=True)
+        if not final.exists():
+            return temporary, final
+        temporary.rmdir()
 
 
 def require_tool(launch: Launch) -> None:

@@ -103,12 +103,11 @@ def require_files(options: TrainingOptions) -> None:
 def train_arguments(options: TrainingOptions, extra: Sequence[str]) -> tuple[str, ...]:
     """What follows torchrun's own options.
 
-    ``--resume`` always: on a run folder without a checkpoint it starts from the beginning, and a job that its
-    scheduler starts again must go on by itself. ``--`` before the module's name, because torchrun's argparse reads the
-    trainer's options too, takes ``--run`` for a short form of its own ``--run-path`` or ``--run_path``, and gives up.
+    Without ``--resume``: the trainer goes on by itself from the newest checkpoint, or begins where there is none.
+    ``--`` before the module's name, because torchrun's argparse reads the trainer's options too, takes ``--run`` for a
+    short form of its own ``--run-path`` or ``--run_path``, and gives up.
     ``$$`` for each dollar, because torchrun fills ``${local_rank}`` into the arguments and makes ``$`` of ``$$``.
     """
-    resume = () if {"--resume", "--no-resume"} & set(extra) else ("--resume",)
     paths = ("--run", options.run, "--data.train", options.train, "--data.val", options.val)
-    words = ("train", options.recipe, *paths, *resume, *extra)
+    words = ("train", options.recipe, *paths, *extra)
     return ("-m", "--", "pipeline", *(word.replace("$", "$$") for word in words))

@@ -87,7 +87,7 @@ def kubernetes_words(*more: str) -> list[str]:
 
 def train_words(run: Path | str, manifests: list[str], *extra: str) -> list[str]:
     paths = ["--run", str(run), "--data.train", manifests[1], "--data.val", manifests[3]]
-    return ["-m", "--", "pipeline", "train", "demo", *paths, "--resume", *extra]
+    return ["-m", "--", "pipeline", "train", "demo", *paths, *extra]
 
 
 # ---- help and printed files
@@ -126,7 +126,8 @@ def test_slurm_directives(run_folder, manifests) -> None:
     expected = ["--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=64", '--time="1-00:00:00"']
     expected += ['--partition="gpu"', '--account="lab"', '--mem="200G"', f'--output="{log}"']
     assert {*expected, "--open-mode=append", "--requeue"} <= set(directives)
-    assert "timeout -k 150 86100" in text  # TERM five minutes before the limit
+    assert "--signal=B:USR1@300" in directives  # five minutes before the limit
+    assert "--shutdown-seconds 280" in text
     first_command = next(i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#"))
     last_directive = max(i for i, line in enumerate(text.splitlines()) if line.startswith("#SBATCH"))
     assert last_directive < first_command, "sbatch stops reading directives at the first command"
@@ -172,10 +173,10 @@ def test_slurm_script_starts_one_agent_a_node_with_every_word_intact(tmp_path, r
     record = run_slurm_script(script, tmp_path, SLURM_RESTART_COUNT="3")
 
     srun = recorded(record / "srun")
-    assert {"--kill-on-bad-exit=1", "--wait=60"} <= set(srun)
-    assert srun[srun.index("timeout") : srun.index("timeout") + 4] == ["timeout", "-k", "150", "172500"]
+    assert {"--kill-on-bad-exit=0", "--wait=60", "--mpi=none"} <= set(srun)
     port = 10000 + 123456 % 20000
-    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d"]
+    watched = ["-m", "jobs.agent", "--shutdown-seconds", "280", "--", str(python)]
+    torchrun = [*watched, "-m", "jobs.torchrun", "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d"]
     torchrun += [f"--rdzv-endpoint=n1:{port}", "--rdzv-id=123456-3"]
     for node in (0, 1):
         agent = recorded(record / f"agent-{node}")
@@ -186,6 +187,9 @@ def test_slurm_script_starts_one_agent_a_node_with_every_word_intact(tmp_path, r
         assert environment["SRUN_CPUS_PER_TASK"] == "64"
         assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "ib0"
         assert Path(environment["PWD"]) == REPOSITORY
+        assert (environment["PYTHONPATH"], environment["PYTHONSAFEPATH"]) == (str(REPOSITORY), "1")
+        assert environment["PET_SIGNALS_TO_HANDLE"].endswith("SIGUSR1")
+        assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "270"
 
 
 def test_slurm_script_falls_back_to_the_hostname_and_takes_a_port(tmp_path, run_folder, manifests) -> None:
@@ -217,10 +221,10 @@ def test_slurm_submits_and_never_overwrites(tmp_path, run_folder, manifests) -> 
     for number in (1, 2):
         done = run_jobs(slurm_words(run_folder, manifests, "--submit"), PATH=path)
         assert done.returncode == 0, done.stderr
-        script = run_folder / "launch" / f"slurm-{number}.sh"
+        script = run_folder / "launch" / str(number) / "slurm.sh"
         assert recorded(tmp_path / "record") == ["--parsable", str(script)]
         assert "submitted job 42" in done.stdout
-    assert sorted(path.name for path in (run_folder / "launch").iterdir()) == ["slurm-1.sh", "slurm-2.sh"]
+    assert sorted(path.name for path in (run_folder / "launch").iterdir()) == ["1", "2"]
     assert os.access(script, os.X_OK)
 
 
@@ -237,9 +241,10 @@ def test_local_becomes_torchrun(tmp_path, run_folder, manifests) -> None:
     done = run_jobs(local_words(run_folder, manifests, "--python", str(python), "--submit", "--", *AWKWARD))
     assert done.returncode == 7, done.stderr  # the run's own status
     words = recorded(tmp_path / "record")
-    assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert as_torchrun_passes_on(words[4:]) == train_words(run_folder, manifests, *AWKWARD)
-    assert (run_folder / "launch" / "local-1.sh").is_file()
+    watched = ["-m", "jobs.agent", "--shutdown-seconds", "310", "--", str(python)]
+    assert words[:10] == [*watched, "-m", "jobs.torchrun", "--standalone", "--nproc-per-node=2"]
+    assert as_torchrun_passes_on(words[10:]) == train_words(run_folder, manifests, *AWKWARD)
+    assert (run_folder / "launch" / "1" / "local.sh").is_file()
 
 
 def test_kubernetes_applies_the_written_file(tmp_path) -> None:
@@ -248,7 +253,7 @@ def test_kubernetes_applies_the_written_file(tmp_path) -> None:
     words = kubernetes_words("--namespace", "ml", "--launch-folder", str(tmp_path / "here"), "--submit")
     done = run_jobs(words, PATH=path)
     assert done.returncode == 0, done.stderr
-    written = tmp_path / "here" / "kubernetes-1.yaml"
+    written = tmp_path / "here" / "1" / "kubernetes.yaml"
     assert recorded(tmp_path / "record") == ["apply", "--namespace", "ml", "-f", str(written)]
     assert [document["kind"] for document in yaml.safe_load_all(written.read_text())] == ["Service", "Job"]
 
@@ -297,6 +302,9 @@ def test_bad_input_ends_the_process_with_status_2() -> None:
         (["--port", "80"], ["--port", "1024"]),
         (["--cpus-per-node", "0"], ["--cpus-per-node"]),
         (["--run", "a\\b"], ["--run", "backslash"]),
+        (["--run", "a:b"], ["--run", "colon"]),
+        (["--restarts", "-1"], ["--restarts"]),
+        (["--train", "https://me:word@host/t.json"], ["--train", "password"]),
         (["--walltime", "3"], ["--walltime"]),
         (["--", "--run", "elsewhere"], ["--run", "before the --"]),
         (["--", "--data.val=x"], ["--data.val", "--val"]),

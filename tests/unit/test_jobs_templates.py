@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from string import Template
@@ -10,17 +11,20 @@ from typing import Any
 import jinja2
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import kubernetes, launch, slurm, training
-from jobs.kubernetes import KubernetesOptions
-from jobs.launch import Launch
-from jobs.slurm import SlurmOptions
+from jobs import kubernetes, launch, local, slurm, training
+from jobs.kubernetes import KubernetesDataPrepOptions, KubernetesOptions, KubernetesResources
+from jobs.launch import Launch, Place
+from jobs.local import LocalDataPrepOptions
+from jobs.slurm import SlurmBenchmarkOptions, SlurmDataPrepOptions, SlurmOptions, SlurmResources
 from jobs.training import TrainingOptions
+from jobs.work import BenchmarkOptions, DataPrepOptions
 
 PRINTABLE = st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" ")).filter(str.isprintable)
 EXTRA = st.lists(PRINTABLE.filter(lambda word: word.split("=", 1)[0] not in training.SET_HERE), max_size=4)
+PLACE = Place(Path("/runs/launch"), Path("/code"), "0123+changes")
 
 
 def kubernetes_documents(extra: list[str] | None = None, **changes: Any) -> list[dict[str, Any]]:
@@ -28,8 +32,8 @@ def kubernetes_documents(extra: list[str] | None = None, **changes: Any) -> list
     training_changes = {name: changes.pop(name) for name in ("nodes", "gpus_per_node", "processes") if name in changes}
     counts: dict[str, Any] = {"nodes": 3, "gpus_per_node": 8} | training_changes
     base = {"image": "registry.example/noisynn:1", "volume_claim": "imagenet"} | changes
-    options = KubernetesOptions(TrainingOptions(**train, **counts), **base)
-    return list(yaml.safe_load_all(kubernetes.plan(options, extra or [], "python -m jobs").text))
+    options = KubernetesOptions(TrainingOptions(**train, **counts), KubernetesResources(**base))
+    return list(yaml.safe_load_all(kubernetes.plan(options, extra or [], "python -m jobs").fill(PLACE)))
 
 
 def as_kubernetes_expands(words: list[str], index: int) -> list[str]:
@@ -121,9 +125,10 @@ def test_pod_command_names_its_rank_and_nothing_else_is_expanded() -> None:
     extra = ["--x", "$(HOME) $$ ${local_rank} $JOB"]
     command = kubernetes_documents(extra)[1]["spec"]["template"]["spec"]["containers"][0]["command"]
     words = as_kubernetes_expands(command, index=2)
-    assert words[:3] == ["python", "-m", "torch.distributed.run"]
+    watched = ["python", "-m", "jobs.agent", "--shutdown-seconds=100", "--"]
+    assert words[:8] == [*watched, "python", "-m", "jobs.torchrun"]
     assert {"--nnodes=3", "--nproc-per-node=8", "--node-rank=2", "--rdzv-backend=static"} <= set(words)
-    assert as_torchrun_passes_on(words)[-3:] == ["--resume", *extra]
+    assert as_torchrun_passes_on(words)[-2:] == extra
 
 
 @pytest.mark.parametrize(
@@ -147,6 +152,7 @@ def test_a_made_name_is_always_allowed(run_name: str, nodes: int) -> None:
 
 
 @given(EXTRA)
+@settings(deadline=None, max_examples=60)  # a busy machine fills a template in 300 ms
 def test_any_printable_word_reaches_the_trainer_through_kubernetes(extra: list[str]) -> None:
     command = kubernetes_documents(extra)[1]["spec"]["template"]["spec"]["containers"][0]["command"]
     passed_on = as_torchrun_passes_on(as_kubernetes_expands(command, index=0))
@@ -154,25 +160,58 @@ def test_any_printable_word_reaches_the_trainer_through_kubernetes(extra: list[s
 
 
 @given(EXTRA, PRINTABLE.filter(str.strip), PRINTABLE.filter(str.strip))
+@settings(deadline=None, max_examples=60)  # a busy machine fills a template in 300 ms
 def test_any_printable_word_reaches_the_trainer_through_slurm(extra: list[str], name: str, partition: str) -> None:
-    run = "/runs/" + name.replace("\\", "_").replace("/", "_").replace(".", "_")
-    options = SlurmOptions(TrainingOptions("demo", run, "/t", "/v", gpus_per_node=8), partition=partition)
-    text = slurm.plan(options, extra, f"python -m jobs {name}").text
+    run = "/runs/" + re.sub(r"[\\/.:]", "_", name)
+    train = TrainingOptions("demo", run, "/t", "/v", gpus_per_node=8)
+    options = SlurmOptions(train, SlurmResources(partition=partition))
+    text = slurm.plan(options, extra, f"python -m jobs {name}").fill(PLACE)
     words = shlex.split(text.split("train=(\n")[1].split("\n)\n")[0])
-    resume = ["--resume"] if not {"--resume", "--no-resume"} & set(extra) else []
     paths = ["--run", run, "--data.train", "/t", "--data.val", "/v"]
-    assert as_torchrun_passes_on(words) == ["-m", "--", "pipeline", "train", "demo", *paths, *resume, *extra]
+    assert as_torchrun_passes_on(words) == ["-m", "--", "pipeline", "train", "demo", *paths, *extra]
     directives = dict(
         line[10:].split("=", 1) for line in text.splitlines() if line.startswith("#SBATCH --") and "=" in line
     )
     assert as_sbatch_reads(directives["partition"]) == partition
-    assert as_sbatch_reads(directives["output"]) == run.replace("%", "%%") + "/launch/slurm-%j.out"
+    assert as_sbatch_reads(directives["job-name"]) == f"noisynn-{Path(run).name}"
 
 
-def test_resume_is_the_users_when_given() -> None:
-    options = TrainingOptions("demo", "/r", "/t", "/v", gpus_per_node=1)
-    assert "--resume" not in training.train_arguments(options, ["--no-resume"])
-    assert training.train_arguments(options, ["--resume"]).count("--resume") == 1
+@given(EXTRA, PRINTABLE.filter(str.strip), st.sampled_from(["slurm", "local", "kubernetes"]))
+@settings(deadline=None, max_examples=60)  # a busy machine fills a template in 300 ms
+def test_any_printable_word_reaches_data_prep(extra: list[str], out: str, scheduler: str) -> None:
+    extra = [word for word in extra if not word.startswith(("--task", "--num-tasks", "--out", "--split"))]
+    words = ["shard", "--split=val", "--out", out, *extra]
+    work = DataPrepOptions("/launch", tasks=4)
+    spread, last = ["data_prep", *words, "--num-tasks", "4"], ["data_prep", "finalize", "--out", out, "--split", "val"]
+    if scheduler == "kubernetes":
+        options = KubernetesDataPrepOptions(work, KubernetesResources("image", "claim"))
+        document = yaml.safe_load(kubernetes.plan_work(options, words, "python -m jobs").fill(PLACE))
+        command = as_kubernetes_expands(document["spec"]["template"]["spec"]["containers"][0]["command"], 0)
+        assert command[command.index("data_prep") + 1 :] == ["python", out, "val", *spread]
+        return
+    launched = (
+        slurm.plan_work(SlurmDataPrepOptions(work), words, f"python -m jobs {out}")
+        if scheduler == "slurm"
+        else local.plan_work(LocalDataPrepOptions(work), words, f"python -m jobs {out}")
+    )
+    arrays = re.findall(r"^ *words=\(\n(.*?)\n *\)$", launched.fill(PLACE), flags=re.S | re.M)
+    assert [shlex.split(array) for array in arrays] == [spread, last]
+
+
+@given(PRINTABLE.filter(str.strip))
+@settings(deadline=None, max_examples=60)  # a busy machine fills a template in 300 ms
+def test_any_folder_reaches_python_and_sbatch(name: str) -> None:
+    folder = Path("/runs/" + re.sub(r"[\\/.:]", "_", name))
+    place = Place(folder, folder / "code", "0123")
+    options = SlurmBenchmarkOptions(BenchmarkOptions(str(folder)))
+    text = slurm.plan_work(options, ["draws"], "python -m jobs").fill(place)
+    directive = re.search(r"^#SBATCH --output=(.*)$", text, flags=re.M)
+    assert directive is not None
+    assert as_sbatch_reads(directive[1]) == str(folder).replace("%", "%%") + "/slurm-%j.out"
+    exported = re.search(r"^export PYTHONPATH=(.*)\$\{PYTHONPATH:", text, flags=re.M)
+    assert exported is not None and shlex.split(exported[1]) == [f"{folder}/code"]
+    words = re.search(r"^words=\(\n(.*?)\n\)$", text, flags=re.S | re.M)
+    assert words is not None and shlex.split(words[1]) == ["benchmarks", "draws", "--output", f"{folder}/draws.jsonl"]
 
 
 def test_urls_stay_and_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,14 +231,27 @@ def test_unquoted_text_and_missing_names_do_not_pass(tmp_path: Path, monkeypatch
         launch.render("t.j2")
 
 
-def test_numbers_skip_finished_and_half_written_files(tmp_path: Path) -> None:
-    (tmp_path / "slurm-1.sh").write_text("first")
-    (tmp_path / ".slurm-2.sh.tmp").write_text("of a launch that was killed, or is still writing")
-    written = launch.write_launch_file(
-        Launch("slurm", ".sh", "text\n", tmp_path, tool="sbatch", submit=lambda path: None)
-    )
-    assert written.name == "slurm-3.sh" and written.read_text() == "text\n"
-    assert (tmp_path / "slurm-1.sh").read_text() == "first"
+def empty_launch(folder: Path) -> Launch:
+    return Launch("slurm", ".sh", lambda place: f"{place.folder}\n", folder, "sbatch", lambda path: None, {})
+
+
+def test_numbers_skip_finished_and_half_written_launches(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / ".2.tmp").mkdir()  # of a launch that was killed, or is still writing
+    written = launch.write_launch(empty_launch(tmp_path))
+    assert written == tmp_path / "3" / "slurm.sh" and written.read_text() == f"{tmp_path}/3\n"
+    assert not any((tmp_path / "1").iterdir())
+
+
+def test_a_launch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.mkdir()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(launch, "copy_code", full)
+    with pytest.raises(OSError, match="disk full"):
+        launch.write_launch(empty_launch(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("48:00:00", 172_800), ("1-00:00:30", 86_430), ("00:01:00", 60)])
