@@ -21,8 +21,10 @@ setup: ## .venv with everything pinned in requirements.txt; Debian's packages fo
 demo: setup ## the whole job on real pictures, in minutes (DATA=/path/to/pictures takes your own)
 	@$(PYTHON_VENV) -m jobs demo --out runs/demo $(if $(DATA),--data "$(DATA)")
 
+# Those of one process two at a time; those that start ranks, clusters or whole commands one after another.
 test: setup lint ## lint, types and tests
-	@$(PYTHON_VENV) -m pytest
+	@status=0; $(PYTHON_VENV) -m pytest -n 2 tests/unit || status=1; \
+	$(PYTHON_VENV) -m pytest $(filter-out tests/unit/, $(wildcard tests/*/)) || status=1; exit $$status
 
 lint: setup
 	@$(PYTHON_VENV) -m ruff check . && $(PYTHON_VENV) -m ruff format --check . && $(PYTHON_VENV) -m mypy

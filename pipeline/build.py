@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from pipeline import checkpoint as ckpt
@@ -21,17 +22,21 @@ from pipeline.data.loader import TrainLoader, open_split
 from pipeline.data.order import Layout, layout_of
 from pipeline.data.reader import PictureReader
 from pipeline.engine import Engine, check_engine, create_engine
+from pipeline.engine.strategy import has_batch_norm
 from pipeline.evaluate import Accuracy, Evaluator
 from pipeline.flops import peak_flops, training_flops
 from pipeline.ledger import SampleLedger, cut_ledger
 from pipeline.metrics import RunLog, Throughput
 from pipeline.models import Preprocess, create_model
+from pipeline.moving_averages import MovingAverages
 from pipeline.noise.drop_path import DropPathKeys
 from pipeline.noise.inject import NoiseInjector
 from pipeline.optim import create_optimizer, create_schedule
 from pipeline.parallel import Ranks, check_devices, require_same_on_all_ranks
-from pipeline.state import check_record, choose_generation
+from pipeline.state import came_from, check_record, choose_generation
 from pipeline.watchdog import Watchdog
+
+_LAST_SECONDS = 3.0
 
 
 @dataclass
@@ -49,19 +54,24 @@ class Training:
     loader: TrainLoader
     evaluators: dict[str, Evaluator]  # tag -> of the weights that run, and of their average
     classes: tuple[str, ...]
+    label_map: bytes | None
     writer: ckpt.CheckpointWriter
     agreement: Agreement
     watchdog: Watchdog
     log: RunLog | None
     ledger: SampleLedger | None
+    moving: MovingAverages
     flops_per_image: int  # of a forward and a backward pass
     peak_flops: float | None  # of one device, where its data sheet is known
     step: int = 0
     first_step: int = 0  # of this start
     saved_step: int = 0
+    saved_evaluated: bool = True
+    save_due: bool = False  # since a step at which it had to wait for an evaluation
+    stop_signal: int = 0  # that an evaluation was given up for
     evaluated: bool = True  # whether the epoch that ends at this step has been
     accuracy: Accuracy | None = None
-    skipped: int = 0  # steps of this start that were not applied
+    skipped: int = 0  # steps that were not applied
     skipped_in_a_row: int = 0
     grad_norm: float = 0.0
     losses: list[Tensor] = field(default_factory=list)  # since the last report
@@ -75,18 +85,22 @@ class Training:
         return Ranks(self.layout.rank, self.layout.world_size, launched=True)
 
     def still_wanted(self) -> bool:
-        """Between two batches of an evaluation: a sign of progress, and whether to go on with it."""
+        """Collective, between two batches of an evaluation: whether to go on with it."""
         self.watchdog.beat()
-        return not self.asked_to_stop()
+        self.stop_signal = self.agreement.now(self.asked_to_stop()).stop
+        return not self.stop_signal
 
     def note_saved(self) -> None:
         self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.saved_evaluated, self.save_due = self.evaluated, False
 
     def seconds_since_save(self) -> float:
         return time.monotonic() - self.saved_at
 
     def close(self) -> None:
-        """Ends what runs beside the loop."""
+        """Ends what runs beside the loop. A checkpoint under way gets a moment more."""
+        self.watchdog.rest()
+        self.writer.wait(_LAST_SECONDS)
         self.loader.close()
         for file in (self.log, self.ledger):
             if file is not None:
@@ -121,17 +135,19 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
     generation = choose_generation(config, ranks)
     if generation is not None:
         check_record(generation, config, loader)
-    model, injector = build_model(config, readers[0], starting=generation is None)
+    model, injector = build_model(config, readers[0], generation is None, ranks.world_size)
     drop_path = DropPathKeys(model, config.seed)
-    optimizer = create_optimizer(model, config.optim)
-    schedule = create_schedule(optimizer, config.optim, total_steps(config, loader), loader.steps_per_epoch, layout)
-    clip, decay = config.optim.clip_grad_norm, config.optim.ema_decay
-    engine = create_engine(model, optimizer, config.parallel, layout, clip, decay)
+    optim = config.optim
+    optimizer = create_optimizer(model, optim)
+    schedule = create_schedule(optimizer, optim, total_steps(config, loader), loader.steps_per_epoch, layout)
+    engine = create_engine(model, optimizer, config.parallel, layout, optim.clip_grad_norm, optim.ema_decay)
     if generation is not None:
         resume(generation, engine)
     record = {} if generation is None else generation.record
     step = record.get("step", 0)
     main = ranks.rank == 0
+    if main:
+        print(*notes(config, engine, layout, has_batch_norm(model), record), sep="", end="", flush=True)
     writer = ckpt.CheckpointWriter(config.run, config.checkpoint, ranks.rank, ranks.world_size)
     writer.prepare(engine.pieces())  # else the first save would take five times as long
     if main:
@@ -150,11 +166,13 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
         loader=loader,
         evaluators=evaluators(config, engine, model, injector, readers),
         classes=readers[0].classes,
+        label_map=None if config.data.label_map is None else config.data.label_map.read_bytes(),
         writer=writer,
         agreement=Agreement(ranks.world_size, config.parallel.timeout_seconds),
         watchdog=Watchdog(config.parallel.timeout_seconds),
         log=RunLog(config.run, step) if main else None,
         ledger=SampleLedger(config.run, ranks.rank, ranks.world_size) if config.ledger else None,
+        moving=MovingAverages(model),
         flops_per_image=training_flops(config.model, len(readers[0].classes), config.data.image_size),
         peak_flops=peak_flops(torch.cuda.get_device_name(), config.parallel.precision)
         if torch.cuda.is_available()
@@ -162,8 +180,28 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
         step=step,
         first_step=step,
         saved_step=step,
+        saved_evaluated=record.get("evaluated", True),
         evaluated=record.get("evaluated", True),
+        skipped=record.get("skipped_steps", 0),
     )
+
+
+def notes(config: TrainConfig, engine: Engine, layout: Layout, batch_norm: bool, record: dict[str, Any]) -> list[str]:
+    """Where results depend on how the run is spread, by more than the last bits of sums."""
+    found = []
+    at_once = layout.micro_batch * (layout.world_size if engine.device.type == "cuda" else 1)
+    if batch_norm and at_once != layout.global_batch:
+        found.append(
+            f"note: BatchNorm takes its statistics of {at_once} pictures at a time, {layout.global_batch} make a step: "
+            "another number of ranks or another micro_batch gives other results\n"
+        )
+    before = record.get("strategy", engine.strategy)
+    if config.parallel.precision != "fp32" and (before == "ddp") != (engine.strategy == "ddp"):
+        found.append(
+            f"note: {config.parallel.precision} under {engine.strategy} rounds in other places than under {before}, "
+            "with which this run began\n"
+        )
+    return found
 
 
 def resume(generation: ckpt.Generation, engine: Engine) -> None:
@@ -230,11 +268,15 @@ def open_data(config: TrainConfig) -> tuple[PictureReader, PictureReader]:
     return train_split, val_split
 
 
-def build_model(config: TrainConfig, reader: Reader, starting: bool) -> tuple[nn.Module, NoiseInjector]:
+def build_model(
+    config: TrainConfig, reader: Reader, starting: bool, world_size: int = 1
+) -> tuple[nn.Module, NoiseInjector]:
     """The model with its noise, the same on every rank. starting: with its starting weights, not to be loaded over."""
     torch.manual_seed(config.seed)
     options = config.model if starting else config.model.without_start()
     model = create_model(options, len(reader.classes), config.data.image_size)
+    if torch.cuda.is_available() and world_size > 1:  # before any hook is attached, which a new module has not
+        model = convert_sync_batchnorm(model)
     return model, NoiseInjector(model, config.noise, config.data.image_size, config.seed)
 
 
@@ -246,12 +288,13 @@ def check(config: TrainConfig, world_size: int) -> None:
     check_devices(world_size)
     if config.run.exists() and not config.run.is_dir():
         raise ValueError(f"--run {config.run} is a file: name a folder")
-    found = ckpt.latest_generation(config.run)
+    newest = ckpt.newest_record(config.run, config.checkpoint)
+    found = None if newest is None else newest.folder
     if found is not None and config.resume == "never":
         raise ValueError(
             f"{config.run} holds the run of {found.name}: leave out --resume never to go on, or name another"
         )
-    if config.resume not in ("auto", "never"):
+    if config.resume not in ("auto", "never") and not came_from(newest, config.resume):
         found = Path(config.resume)
         ckpt.verify_generation(found, lambda name: name == ckpt.CONFIG_NAME)
     reader, val_reader = open_data(config)

@@ -7,7 +7,7 @@ pictures. What does change with them (a noise that mixes samples) is called tran
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from pipeline.checkpoint import (
     write_json,
 )
 from pipeline.data.augment import AugmentConfig
-from pipeline.data.batch import Reader
+from pipeline.data.batch import Batch, Reader
 from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import DataConfig, EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
@@ -126,7 +126,8 @@ class Evaluator:
     def per_image(self, ranks: Ranks, still_wanted: Callable[[], bool] = lambda: True) -> Accuracy:
         """Noise off, whatever was trained with it.
 
-        still_wanted: asked before each batch. Errors: Interrupted, on all ranks, where it is not on any.
+        still_wanted: asked before each batch, by all ranks equally often, so it may be a collective that gives the same
+        answer everywhere. Errors: Interrupted where it is not.
         """
         with self.injector.off():
             return self._run("per_image", "manifest", np.arange(len(self.reader)), 1, ranks, still_wanted)
@@ -153,11 +154,14 @@ class Evaluator:
         was_training = self.model.training
         self.model.eval()
         loader = EvaluationLoader(self.reader, ids, self.batch, group, ranks.rank, ranks.world_size, self.workers)
-        counts = torch.zeros(5, dtype=torch.int64)  # seen, sum of ids, top-1, top-5, given up
-        for images, labels, sample_ids, _ in loader:
+        counts = torch.zeros(4, dtype=torch.int64)  # seen, sum of ids, top-1, top-5
+        for batch in _in_rounds(loader, loader.most_batches):
             if not still_wanted():
-                counts[4] = 1
-                break
+                self.model.train(was_training)
+                raise Interrupted
+            if batch is None:
+                continue
+            images, labels, sample_ids, _ = batch
             self.injector.set_batch(sample_ids.to(self.device), epoch=0)
             with torch.autocast(self.device.type, self.half_dtype, enabled=self.half_dtype is not None):
                 logits = self.model(self.preprocess(images)).float().cpu()
@@ -166,18 +170,21 @@ class Evaluator:
                     f"the model's output is not finite near sample {int(sample_ids[0])}: it cannot be ranked"
                 )
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            counts[:4] += torch.stack(
-                (torch.tensor(len(labels)), sample_ids.sum(), best[:, 0].sum(), best.any(1).sum())
-            )
+            counts += torch.stack((torch.tensor(len(labels)), sample_ids.sum(), best[:, 0].sum(), best.any(1).sum()))
         self.model.train(was_training)
-        seen, id_sum, top1, top5, given_up = _summed(counts, self.device, ranks)
-        if given_up:
-            raise Interrupted
+        seen, id_sum, top1, top5 = _summed(counts, self.device, ranks)
         n = len(ids)
         assert (seen, id_sum) == (n, n * (n - 1) // 2), f"{seen} of {n} pictures were evaluated exactly once"
         noise = self.injector.config if self.injector.enabled else NoiseConfig()
         share = class_mate_share(self.reader.labels_of(ids), group) if group > 1 else None
         return Accuracy(protocol, noise.describe(), order, group, n, top1, top5, share, noise.mixes_samples)
+
+
+def _in_rounds(batches: Iterable[Batch], rounds: int) -> Iterator[Batch | None]:
+    """None where a rank has no more, but another has."""
+    iterator = iter(batches)
+    for _ in range(rounds):
+        yield next(iterator, None)
 
 
 def _summed(counts: torch.Tensor, device: torch.device, ranks: Ranks) -> list[int]:

@@ -13,7 +13,7 @@ import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A scheduler signals each process of a job, and torchrun's agent hands the signal on: one request that comes twice.
-_SAME_REQUEST_SECONDS = 2.0
+_SAME_REQUEST_SECONDS = 5.0
 
 
 class StopRequests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +28,11 @@ class SampleLedger:
 
     def end_step(self, step: int, epoch: int) -> None:
         line = {"step": step, "epoch": epoch, "world_size": self._world_size, "sample_ids": self._sample_ids}
-        self._file.write(json.dumps(line) + "\n")
         self._sample_ids = []
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            print(f"warning: step {step} is not in the ledger ({error}): the run goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._file.close()

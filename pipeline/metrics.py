@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ class RunLog:
 
     def __init__(self, run: Path, done_steps: int) -> None:
         self._path = run / METRICS_NAME
+        self._failed = False
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= done_steps]
             with atomic_file(self._path) as file:
@@ -38,14 +41,16 @@ class RunLog:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """A value that is not a number is left out: JSON has none, and no curve can show it."""
         values = {tag: value for tag, value in values.items() if math.isfinite(value)}
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._file.write(json.dumps({"step": step} | values) + "\n")
+        with self._told_once():
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
 
     def histograms(self, step: int, weights: dict[str, Tensor]) -> None:
         """One for each tensor, under weights/NAME."""
-        for name, weight in weights.items():
-            self._writer.add_histogram(f"weights/{name}", weight, step)
+        with self._told_once():
+            for name, weight in weights.items():
+                self._writer.add_histogram(f"weights/{name}", weight, step)
 
     def pictures(self, tag: str, step: int, images: Tensor) -> None:
         """images: uint8 (B, H, W, 3), drawn as a near-square grid, black where it has more places than pictures."""
@@ -53,12 +58,25 @@ class RunLog:
         rows = math.ceil(len(images) / columns)
         images = torch.cat((images, images.new_zeros(rows * columns - len(images), *images.shape[1:])))
         grid = images.unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
-        self._writer.add_image(tag, grid.numpy(), step, dataformats="HWC")
-        self._writer.flush()
+        with self._told_once():
+            self._writer.add_image(tag, grid.numpy(), step, dataformats="HWC")
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
-        self._file.close()
+        with self._told_once():
+            self._writer.close()
+        with self._told_once():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """A curve with a gap is no reason to end a run of days."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                print(f"warning: {self._path.parent} takes no metrics ({error}): the run goes on", file=sys.stderr)
+            self._failed = True
 
 
 def _step(line: str) -> float:

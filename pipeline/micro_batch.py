@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from pipeline.build import build_model, open_data, smallest_micro_batch
 from pipeline.config import TrainConfig
 from pipeline.data.order import fitting_micro_batches
+from pipeline.noise.drop_path import DropPathKeys
 from pipeline.parallel import Ranks, join_ranks
 
 _LARGEST = 4096  # pictures: more fill no device better
@@ -71,13 +73,20 @@ def _attempt(config: TrainConfig, ranks: Ranks) -> Callable[[int], None]:
     reader = open_data(config)[0]
     model, injector = build_model(config, reader, starting=False)
     model.to(device).train()
+    if config.parallel.activation_checkpointing:
+        cast(Any, model).set_grad_checkpointing(True)
+    drop_path = DropPathKeys(model, config.seed)
     size = config.data.image_size
-    states = 2 + (config.optim.ema_decay is not None)
+    # Of float32 an element: two of the optimiser, an average, and under ZeRO masters, which are shared.
+    sharers = ranks.world_size if config.parallel.strategy.startswith("zero") else 1
+    states = (2 + (config.optim.ema_decay is not None) + (sharers > 1)) / sharers
     parameters = sum(p.numel() for p in model.parameters())
 
     def attempt(batch: int) -> None:
-        held = torch.empty(states * parameters, dtype=torch.float32, device=device)
-        injector.set_batch(torch.arange(batch, device=device), 0)
+        held = torch.empty(round(states * parameters), dtype=torch.float32, device=device)
+        ids = torch.arange(batch, device=device)
+        injector.set_batch(ids, 0)
+        drop_path.set_batch(ids, 0)
         dtype = config.parallel.autocast_dtype
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             loss = model(torch.randn(batch, 3, size, size, device=device)).float().logsumexp(1).mean()

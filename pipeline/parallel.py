@@ -284,8 +284,11 @@ def build_accelerator(
 
             # Serves inference alone, but is compiled at the start, under a lock that a killed run leaves behind.
             __compatible_ops__["deepspeed_shm_comm"] = False
-        import deepspeed
+        # Three functions of its Muon are compiled at import, which brings in all of inductor: 3 s of each start.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        import deepspeed.runtime.zero.utils
 
+        del os.environ["TORCHDYNAMO_DISABLE"]
         # It warns of every optimiser but its own, and of each skipped step, which the trainer counts.
         deepspeed.utils.logger.setLevel(logging.ERROR)
     from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs

@@ -53,12 +53,16 @@ def is_free(option: str) -> bool:
     return option in _FREE or option.startswith("checkpoint.")
 
 
-def record_of(loader: TrainLoader, engine: Engine, step: int, evaluated: bool) -> dict[str, Any]:
+def record_of(
+    config: TrainConfig, loader: TrainLoader, engine: Engine, step: int, evaluated: bool, skipped: int
+) -> dict[str, Any]:
     """What is not a tensor: where the run is, and on what."""
     layout = loader.layout
     return {
         "step": step,
         "evaluated": evaluated,  # whether the epoch that ends at this step has been
+        "skipped_steps": skipped,
+        "resumed_from": None if config.resume in ("auto", "never") else config.resume,
         "loader": loader.state_dict(),
         "world_size": layout.world_size,
         "micro_batch": layout.micro_batch,
@@ -68,12 +72,12 @@ def record_of(loader: TrainLoader, engine: Engine, step: int, evaluated: bool) -
     }
 
 
-def files_of(config: TrainConfig, classes: tuple[str, ...], step: int) -> dict[str, bytes]:
+def files_of(config: TrainConfig, label_map: bytes | None, classes: tuple[str, ...], step: int) -> dict[str, bytes]:
     """What stands beside the state, so that a checkpoint says what it is."""
     body = to_json(config) | {"classes": list(classes), "step": step}
     files = {ckpt.CONFIG_NAME: (json.dumps(body, indent=1) + "\n").encode()}
-    if config.data.label_map is not None:
-        files[ckpt.LABEL_MAP_NAME] = config.data.label_map.read_bytes()
+    if label_map is not None:
+        files[ckpt.LABEL_MAP_NAME] = label_map
     return files
 
 
@@ -98,11 +102,16 @@ def choose_generation(config: TrainConfig, ranks: Ranks) -> ckpt.Generation | No
 
 
 def _whole(config: TrainConfig) -> str | None:
-    if config.resume != "auto":
+    generation = ckpt.newest_whole(config.run, config.checkpoint, lambda line: print(line, flush=True))
+    if config.resume != "auto" and not came_from(generation, config.resume):
         ckpt.verify_generation(Path(config.resume))
         return config.resume
-    generation = ckpt.newest_whole(config.run, config.checkpoint, lambda line: print(line, flush=True))
     return None if generation is None else str(generation.folder)
+
+
+def came_from(generation: ckpt.Generation | None, resume: str) -> bool:
+    """Whether a run that `--resume PATH` began has saved it: started again, a job must not begin at PATH again."""
+    return generation is not None and generation.record.get("resumed_from") == resume
 
 
 def check_record(generation: ckpt.Generation, config: TrainConfig, loader: TrainLoader) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,6 +33,7 @@ def train_step(run: Training, micro_batches: Iterable[Batch], epoch: int, save_d
     Leaves the ranks' agreement on what follows under way. Errors: ValueError after too many skipped in a row.
     """
     run.agreement.propose(run.asked_to_stop(), save_due)
+    run.moving.remember()
     run.schedule.step_update(run.step)
     for number, batch in enumerate(micro_batches, start=1):
         run.losses.append(micro_step(run, batch, epoch, last=number == run.layout.accumulation))
@@ -41,6 +41,8 @@ def train_step(run: Training, micro_batches: Iterable[Batch], epoch: int, save_d
         if run.ledger is not None:
             run.ledger.note(batch.sample_ids.tolist())
     taken = run.engine.step()
+    if not taken.applied:
+        run.moving.restore()
     run.step += 1
     run.grad_norm = taken.grad_norm
     if run.ledger is not None:
@@ -65,8 +67,8 @@ def micro_step(run: Training, batch: Batch, epoch: int, last: bool) -> Tensor:
     x, targets = inputs_and_targets(run, batch, epoch)
     # Dropout draws from torch's generator: the same for any number of ranks at one micro-batch.
     torch.manual_seed(_dropout_seed(batch.sample_ids[:1], run.config.seed, epoch))
-    with _shown_inputs(run):
-        loss = loss_of(run.engine.module(x), targets, run.config.loss)
+    _show_inputs(run, x)
+    loss = loss_of(run.engine.module(x), targets, run.config.loss)
     run.engine.backward(loss, last)
     return loss.detach()
 
@@ -88,20 +90,12 @@ def _dropout_seed(first_id: Tensor, seed: int, epoch: int) -> int:
     return (high & 0x7FFFFFFF) << 32 | low
 
 
-@contextlib.contextmanager
-def _shown_inputs(run: Training) -> Iterator[None]:
+def _show_inputs(run: Training, x: Tensor) -> None:
     """Writes the first pictures as the network really gets them, after augmentation and noise at the image."""
     if run.step or run.log is None or run.shown:
-        yield
         return
     run.shown = True
-    seen: list[Tensor] = []
-    handle = run.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    try:
-        yield
-    finally:
-        handle.remove()
-    run.log.pictures("input/step_0", 0, run.preprocess.undo(seen[0][:_GRID].float()).cpu())
+    run.log.pictures("input/step_0", 0, run.preprocess.undo(x[:_GRID].float()).cpu())
 
 
 def report_step(run: Training) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -24,15 +25,18 @@ from pipeline.state import files_of, record_of
 from pipeline.step import report_step, steps_of, train_step
 from pipeline.tracing import traced_steps
 
+RESULTS_NAME = "results.json"
+_ROUND_SECONDS = 0.5
+
 __all__ = ["Stopped", "Training", "build", "check", "run_training", "train"]
 
 
 class Stopped(Exception):
-    """The run was asked to end, and what it has done is saved."""
+    """The run was asked to end, and what it has done is saved, but where `lost` says why it is not."""
 
-    def __init__(self, signal: int) -> None:
+    def __init__(self, signal: int, lost: str | None) -> None:
         super().__init__(f"stopped by signal {signal}")
-        self.signal = signal
+        self.signal, self.lost = signal, lost
 
 
 def train(run: Training) -> Accuracy:
@@ -50,8 +54,7 @@ def train(run: Training) -> Accuracy:
                 save(run)
         accuracy = run.accuracy or validate(run)
     if lost := finish_saving(run):
-        raise OSError(lost)
-    run.watchdog.rest()
+        raise OSError(f"the run is done, but not saved: {lost}")
     return accuracy
 
 
@@ -69,13 +72,14 @@ def train_epoch(run: Training, progress: TrainProgress, traced: Callable[[], Non
         if run.step % run.config.log_every == 0 or run.step == run.last_step:
             progress.show(epoch, report_step(run))
         progress.advance()
+        tell_failures(run)
         decision = run.agreement.decided()
         if decision.stop:
             stop(run, decision.stop)
+        run.save_due |= decision.save or steps_say_save(run)
         if run.step == run.last_step:
             return
-        # What an evaluation follows is saved after it, with its result.
-        if run.evaluated and (decision.save or steps_say_save(run)):
+        if run.evaluated and run.save_due:  # else it is saved after the evaluation, with its result
             save(run)
 
 
@@ -91,7 +95,8 @@ def validate(run: Training) -> Accuracy:
     Errors: Stopped, where it was given up: the resumed run begins with it.
     """
     if run.layout.world_size > 1:
-        distribute_bn(run.model, run.layout.world_size, reduce=True)
+        # Rank 0's averages of BatchNorm are the run's, as they are saved. A mean of all ranks' would change them.
+        distribute_bn(run.model, run.layout.world_size, reduce=False)
     found: dict[str, Accuracy] = {}
     for tag, evaluator in run.evaluators.items():
         if evaluator.model is not run.model:
@@ -100,7 +105,7 @@ def validate(run: Training) -> Accuracy:
         try:
             found[tag] = evaluator.per_image(run.ranks, run.still_wanted)
         except Interrupted:
-            stop(run, run.agreement.now(run.asked_to_stop()).stop)
+            stop(run, run.stop_signal)
     weights = run.engine.full_weights() if run.config.histograms else {}  # by all ranks
     if run.log is not None:
         run.log.scalars(run.step, {f"{tag}/top{k}": getattr(a, f"top{k}") for tag, a in found.items() for k in (1, 5)})
@@ -111,11 +116,11 @@ def validate(run: Training) -> Accuracy:
 
 
 def checkpoint_due(run: Training) -> bool:
-    """At the end of an epoch, or of the run."""
+    """At the end of an epoch, or of the run; and where the newest one was saved before its evaluation."""
+    if run.saved_step == run.step:
+        return not run.saved_evaluated
     epochs = run.step // run.loader.steps_per_epoch
-    return run.step != run.saved_step and (
-        run.step == run.last_step or epochs % run.config.checkpoint.every_epochs == 0
-    )
+    return run.save_due or run.step == run.last_step or epochs % run.config.checkpoint.every_epochs == 0
 
 
 def steps_say_save(run: Training) -> bool:
@@ -131,41 +136,57 @@ def clock_says_save(run: Training) -> bool:
 
 def save(run: Training) -> None:
     """Hands this rank's state to the writer, which writes it while the training goes on."""
-    record = record_of(run.loader, run.engine, run.step, run.evaluated)
+    settle(run)  # else the writer would wait for the last one, and the other ranks for this one
+    record = record_of(run.config, run.loader, run.engine, run.step, run.evaluated, run.skipped)
     score = run.accuracy.top1 if run.accuracy is not None and evaluation_due(run) and run.evaluated else None
-    files = files_of(run.config, run.classes, run.step)
+    files = files_of(run.config, run.label_map, run.classes, run.step)
     with run.watchdog.patient():
         run.writer.save(run.step, run.engine.pieces(), run.engine.buffers(), record, files, score)
     run.note_saved()
-    _tell_failures(run)
+
+
+def settle(run: Training) -> list[str]:
+    """Waits until no rank writes any more. Returns what went wrong meanwhile.
+
+    By short rounds: one long collective would run into the time limit where a large state is still being written, and
+    the first rank to leave would be taken for a dead one. A rank that failed ends rank 0's waiting for its part.
+    """
+    failures: list[str] = []
+    while True:
+        idle = run.writer.wait(_ROUND_SECONDS)
+        failures += tell_failures(run)
+        decision = run.agreement.now(int(bool(failures)), save=not idle)
+        run.watchdog.beat()
+        if not decision.save:
+            return failures
+        if decision.stop:
+            run.writer.abandon()
 
 
 def finish_saving(run: Training) -> str | None:
-    """Waits until no rank writes any more. Returns why the newest state is not on disk, where it is not."""
-    with run.watchdog.patient():
-        run.writer.wait()
-        run.agreement.now(0)  # the first rank to leave would be taken for a dead one, and the others ended
-    return _tell_failures(run)
+    """Returns why the newest state is not on disk, where it is not."""
+    failures = settle(run)
+    return failures[-1] if failures else None
 
 
-def _tell_failures(run: Training) -> str | None:
-    """What could not be written, of saves before this one too: the run goes on without them."""
+def tell_failures(run: Training) -> list[str]:
+    """What could not be written: the run goes on without it."""
     failures = run.writer.take_failures()
     for line in failures:
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    return failures[-1] if failures else None
+    return failures
 
 
 def stop(run: Training, signal: int) -> None:
     """Saves what is not saved. Errors: Stopped, always."""
     if run.step > run.saved_step:
         save(run)
-    finish_saving(run)
-    raise Stopped(signal)
+    raise Stopped(signal, finish_saving(run))
 
 
 def run_training(config: TrainConfig, ranks: Ranks) -> int:
     """Trains in this rank and writes `results.json`, the mark of a finished run. Returns the exit status."""
+    faulthandler.enable()  # where a library aborts the process, its stacks are shown
     requests = StopRequests()
     requests.limit(None if config.walltime_minutes is None else 60 * config.walltime_minutes)
     join_ranks(ranks, config.parallel.timeout_seconds)
@@ -176,17 +197,25 @@ def run_training(config: TrainConfig, ranks: Ranks) -> int:
     run.asked_to_stop = requests.pending
     if ranks.rank == 0:
         ckpt.write_json(config.run / ckpt.CONFIG_NAME, to_json(replace(config, resume="auto")))
+        if run.step < run.last_step:
+            (config.run / RESULTS_NAME).unlink(missing_ok=True)  # of a shorter run that this one goes on from
     try:
         accuracy = train(run)
         if run.log is not None:
-            ckpt.write_json(config.run / "results.json", results_of(run, accuracy))
+            ckpt.write_json(config.run / RESULTS_NAME, results_of(run, accuracy))
+        run.agreement.now(0)  # nobody leaves while another still writes
     except Stopped as stopped:
-        if ranks.rank == 0:
+        if ranks.rank == 0 and not stopped.lost:
             print(f"saved at step {run.saved_step} of {run.last_step}: the same command goes on", flush=True)
         return 128 + stopped.signal
+    except OSError as error:
+        # No fault of the options, so not status 2: a start that follows may find the disk or the store well again.
+        if os.environ.get("NOISYNN_TRACEBACK"):
+            raise
+        print(f"error{f' (rank {ranks.rank})' if ranks.rank else ''}: {error}", file=sys.stderr, flush=True)
+        return 1
     finally:
         run.close()
-    run.agreement.now(0)  # nobody leaves while another still writes
     return os.EX_OK
 
 

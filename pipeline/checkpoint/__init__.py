@@ -12,7 +12,7 @@ from pipeline.checkpoint.generations import (
     verify_generation,
     write_json,
 )
-from pipeline.checkpoint.reader import Generation, latest_generation, newest_whole
+from pipeline.checkpoint.reader import Generation, latest_generation, newest_record, newest_whole
 from pipeline.checkpoint.universal import export_universal
 from pipeline.checkpoint.writer import EMA_NAME, WEIGHTS_NAME, CheckpointWriter, Saved, SaveTimes
 
@@ -30,6 +30,7 @@ __all__ = [
     "export_universal",
     "generation_name",
     "latest_generation",
+    "newest_record",
     "newest_whole",
     "publish_generation",
     "recorded_sha256",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.config import CheckpointConfig
 from pipeline.checkpoint.generations import (
+    CONFIG_NAME,
     MEND,
     PROGRESS_NAME,
     STATE_FOLDER,
@@ -30,7 +31,7 @@ from pipeline.checkpoint.generations import (
     refuse_unlisted,
     verify_file,
 )
-from pipeline.checkpoint.place import clean_place, place_of
+from pipeline.checkpoint.place import clean_place, place_of, url_of
 from pipeline.checkpoint.portable import Portable, Stretch, part_name
 from pipeline.checkpoint.store import Store, store_of
 from pipeline.checkpoint.tensors import piece_key
@@ -202,21 +203,42 @@ def _is_stale(path: Path, digest: str) -> bool:
 def newest_whole(run: Path, config: CheckpointConfig, tell: Callable[[str], None]) -> Generation | None:
     """The newest generation whose every file is as it was written; `tell` gets a line for each that is passed over.
 
-    By one process alone, and not while the run is being saved: it clears away what killed saves have left.
-    Errors: ValueError where `checkpoint.folder` cannot be used.
+    By one process alone, and not while the run is being saved: it clears away what killed saves have left. None where
+    nothing was ever saved. Errors: ValueError where `checkpoint.folder` cannot be used, or no generation is whole;
+    OSError where a disk or a store does not answer, which says nothing of what lies there.
     """
     url = place_of(run, config)
     clean_place(run, url)
+    return _first_whole(run, url, None, tell)
+
+
+def newest_record(run: Path, config: CheckpointConfig) -> Generation | None:
+    """The newest generation whose configuration and record are as they were written, for a look before ranks start.
+
+    Any process may call it at any time. Errors: as newest_whole.
+    """
+    return _first_whole(run, url_of(run, config), (CONFIG_NAME, PROGRESS_NAME), lambda line: None)
+
+
+def _first_whole(
+    run: Path, url: str | None, names: Collection[str] | None, tell: Callable[[str], None]
+) -> Generation | None:
+    damaged = False
     for found in _newest_first(run, url):
         try:
             generation = _generation(run, url, found.name)
-            generation.verify()
-        except (ValueError, OSError) as error:
+            generation.verify(names)
+        except (ValueError, FileNotFoundError) as error:
+            damaged = True
             tell(f"{found.name} is passed over: {str(error).removesuffix(MEND)}")
             continue
         if url is not None:
             _forget_others(generation.folder)
         return generation
+    if damaged:
+        raise ValueError(
+            f"no checkpoint of {run} is whole: bring one back, or move {checkpoints_folder(run)} away to begin anew"
+        )
     return None
 
 

@@ -244,6 +244,8 @@ class EvaluationLoader:
     ) -> None:
         self._reader = reader
         self._batches = list(evaluation_batches(order, batch, group, rank, world_size))
+        counts = [sum(1 for _ in evaluation_batches(order, batch, group, r, world_size)) for r in range(world_size)]
+        self.most_batches = max(counts)  # of any rank
         self._stream = Stream(reader, self._plan, worker_processes(reader, workers), persistent=False)
 
     def __iter__(self) -> Iterator[Batch]:

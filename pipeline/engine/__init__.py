@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from pipeline.data.order import Layout
 from pipeline.engine.ddp import DdpEngine
 from pipeline.engine.protocol import Engine, Step
-from pipeline.engine.strategy import check_optimizer, check_strategy, resolve_strategy
+from pipeline.engine.strategy import check_optimizer, check_strategy, has_batch_norm, resolve_strategy
 from pipeline.engine.zero import ZeroEngine
 from pipeline.parallel import ParallelConfig, join_ranks, ranks_from_environment
 
@@ -26,6 +25,10 @@ def check_engine(model: nn.Module, optimizer: Optimizer, config: ParallelConfig)
         check_strategy(config.strategy, model, config)
     if config.activation_checkpointing and not hasattr(model, "set_grad_checkpointing"):
         raise ValueError(f"parallel.activation_checkpointing: {type(model).__name__} has no blocks to recompute")
+    if config.activation_checkpointing and has_batch_norm(model):
+        raise ValueError(
+            "parallel.activation_checkpointing: BatchNorm would count each batch twice in its averages; leave it out"
+        )
 
 
 def create_engine(
@@ -56,19 +59,14 @@ def create_engine(
             f"parallel.strategy is {strategy}, and no launcher started this process: give --parallel.processes"
         )
     check_strategy(strategy, model, config)
-    model = _with_options(model, config, layout.world_size, device)
+    _set_options(model, config)
     if strategy == "ddp":
         return DdpEngine(model, optimizer, config, layout, clip_grad_norm, ema_decay)
     return ZeroEngine(model, optimizer, config, strategy, layout, clip_grad_norm, ema_decay)
 
 
-def _with_options(model: nn.Module, config: ParallelConfig, world_size: int, device: torch.device) -> nn.Module:
-    if world_size > 1 and device.type == "cuda":  # on CPUs it refuses to train
-        from timm.layers import convert_sync_batchnorm
-
-        model = convert_sync_batchnorm(model)
+def _set_options(model: nn.Module, config: ParallelConfig) -> None:
     if config.activation_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.compile:
         model.compile()  # in place: the keys of its state_dict stay timm's
-    return model

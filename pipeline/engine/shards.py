@@ -55,10 +55,11 @@ class Shards:
         """
         pieces = self.pieces()
         held = [index for index, piece in enumerate(pieces) if kind in piece.tensors]
-        if pieces and not held:
-            raise ValueError(f"the state has no {kind!r}: it has {', '.join(pieces[0].tensors)}")
         tensors = [pieces[index].tensors[kind] for index in held]
-        return gather([self.stretches[index] for index in held], tensors, self.world_size, self.device)
+        found = gather([self.stretches[index] for index in held], tensors, self.world_size, self.device)
+        if not found:  # one rank may have none: Muon keeps other states of matrices than of the rest
+            raise ValueError(f"the state has no {kind!r}: it has {', '.join(pieces[0].tensors)}")
+        return found
 
     def whole(self, kind: str) -> dict[str, Tensor]:
         """Collective. A state_dict's tensors on the CPU, rank 0's buffers; floats in float32."""

@@ -93,6 +93,10 @@ def check_optimizer(optimizer: Optimizer, config: ParallelConfig) -> None:
         )
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def check_strategy(strategy: Strategy, model: nn.Module, config: ParallelConfig) -> None:
     """Errors: ValueError for what ZeRO, or DeepSpeed without a GPU, cannot do."""
     if strategy == "ddp":
@@ -102,8 +106,7 @@ def check_strategy(strategy: Strategy, model: nn.Module, config: ParallelConfig)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError(f"parallel.precision fp16: DeepSpeed has none without a GPU ({strategy}): use bf16 or fp32")
     # Its running averages stay in float32, and torch takes no weights of another format beside them.
-    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if config.precision != "fp32" and batch_norm:
+    if config.precision != "fp32" and has_batch_norm(model):
         raise ValueError(f"parallel.precision {config.precision} with {strategy}: not for BatchNorm; use ddp, or fp32")
 
 

@@ -297,7 +297,6 @@ def judge(cost: dict, outcome: dict, start: Start, before: int) -> None:
 def import_what_ranks_need() -> None:
     """What a start with DeepSpeed imports late, too: six seconds of each rank."""
     import accelerate  # noqa: F401
-    import deepspeed.runtime.zero.utils
     import transformers.integrations  # noqa: F401
     from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
 

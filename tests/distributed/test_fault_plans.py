@@ -59,7 +59,7 @@ def check(costs: list[dict]) -> None:
         starts = cost["plan"]["starts"]
         if any(start["fault"] == "nan_one" for start in starts):
             skipped = [done.get("skipped_steps", 0) for done in cost["starts"]]
-            assert sum(skipped) == 1, cost
+            assert max(skipped) == 1, cost  # a later start counts on
             continue  # its weights have taken a step less
         same_layout = {start["world_size"] for start in starts} == {2}
         assert cost["largest_difference"] <= (0.0 if same_layout else LAYOUT_TOLERANCE), cost

@@ -128,7 +128,7 @@ def test_samples_are_sharded_where_no_manifest_is_given(source, tmp_path, monkey
     with tarfile.open(tmp_path / "imagenet-sample.tar", "w") as tar:
         tar.add(source, "imagenet-sample")
     monkeypatch.setenv("NOISYNN_SAMPLES", str(tmp_path))
-    data_prep, asked = samples._data_prep, []
+    data_prep, asked = samples.run_data_prep, []
 
     def without_codecs(*words: str) -> None:
         asked.append(words)
@@ -138,7 +138,7 @@ def test_samples_are_sharded_where_no_manifest_is_given(source, tmp_path, monkey
             raise ValueError("no libjpeg")
         data_prep(*words)
 
-    monkeypatch.setattr(samples, "_data_prep", without_codecs)
+    monkeypatch.setattr(samples, "run_data_prep", without_codecs)
     options = loader.LoaderOptions(images=40, batch=8, workers=1, pictures=pictures)
     with loader._source(options, processes=1) as found:
         work = loader._work(found, options, tmp_path)

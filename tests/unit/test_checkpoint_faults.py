@@ -76,12 +76,13 @@ def test_a_part_that_is_neither_there_nor_listed_is_found(two, tmp_path):
     check_one_back(run, name)
 
 
-def test_all_damaged_is_no_generation_and_a_line_each(two, tmp_path):
+def test_all_damaged_is_refused_with_a_line_each(two, tmp_path):
     run = Path(shutil.copytree(two, tmp_path / "run"))
     for step in (1, 2):
         (run / "checkpoints" / f"step-{step:08d}" / "config.json").write_bytes(b"{}")
     told: list[str] = []
-    assert newest_whole(run, CheckpointConfig(), told.append) is None
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole"):
+        newest_whole(run, CheckpointConfig(), told.append)
     assert [line.split()[0] for line in told] == ["step-00000002", "step-00000001"]
 
 

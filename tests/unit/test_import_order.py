@@ -24,6 +24,7 @@ ORDER = (
         "pipeline.ledger",
         "pipeline.tracing",
         "pipeline.loss",
+        "pipeline.moving_averages",
     ),
     (
         "pipeline.weights",
