@@ -67,7 +67,7 @@ def micro_step(run: Training, batch: Batch, epoch: int, last: bool) -> Tensor:
     x, targets = inputs_and_targets(run, batch, epoch)
     # Dropout draws from torch's generator: the same for any number of ranks at one micro-batch.
     torch.manual_seed(_dropout_seed(batch.sample_ids[:1], run.config.seed, epoch))
-    _show_inputs(run, x)
+    show_inputs(run, x)
     loss = loss_of(run.engine.module(x), targets, run.config.loss)
     run.engine.backward(loss, last)
     return loss.detach()
@@ -90,7 +90,7 @@ def _dropout_seed(first_id: Tensor, seed: int, epoch: int) -> int:
     return (high & 0x7FFFFFFF) << 32 | low
 
 
-def _show_inputs(run: Training, x: Tensor) -> None:
+def show_inputs(run: Training, x: Tensor) -> None:
     """Writes the first pictures as the network really gets them, after augmentation and noise at the image."""
     if run.step or run.log is None or run.shown:
         return

@@ -16,7 +16,7 @@ from pipeline.models import Preprocess
 from pipeline.noise import reference
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
-from pipeline.step import _shown_inputs, inputs_and_targets
+from pipeline.step import inputs_and_targets, show_inputs
 
 SEED, EPOCH, SIZE = 11, 3, 32
 IDS = torch.tensor([40, 3, 1 << 33, 7, 8, 1000])
@@ -234,8 +234,8 @@ def test_the_pictures_shown_are_what_the_network_gets(augment):
     run.log.pictures = lambda name, step, grid: shown.append((name, step, grid))
     for _ in range(2):
         x, _ = inputs_and_targets(run, Batch(pictures(), torch.zeros(6, dtype=torch.int64), IDS), EPOCH)
-        with _shown_inputs(run):
-            run.model(x)
+        show_inputs(run, x)
+        run.model(x)
     ((name, step, grid),) = shown
     assert (name, step) == ("input/step_0", 0)
     assert torch.equal(grid, run.preprocess.undo(run.model.seen[0]))
