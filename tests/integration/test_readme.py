@@ -27,7 +27,10 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RUN_ELSEWHERE = {"make demo", "make test", "tensorboard --logdir runs"}
 # A cluster's launches are printed; torchrun and the trainer take two small steps on the CPU.
 SMALL = shlex.split("--global-batch 16 --micro-batch 8 --epochs 9 --stop-after-steps 2 --data.workers 0")
-SMALL += shlex.split("--model.options embed_dim 48 depth 12 num_heads 3 --augment.randaugment None")
+SMALL += shlex.split(
+    "--model.name vit_tiny_patch16_224 --data.image-size 64 --augment.randaugment None --optim.warmup-samples 16"
+)
+SMALL += shlex.split("--parallel.strategy ddp")  # a start with DeepSpeed takes longer, and has tests of its own
 
 
 SMALL_BENCHMARKS = {
