@@ -126,7 +126,7 @@ def test_every_command_runs(twin, store) -> None:
         if "verify" in words:
             assert "0 faults" in done.stdout
         if "slurm" in words:
-            assert done.stdout.startswith("#!/bin/bash") and "#SBATCH --nodes=4" in done.stdout
+            assert done.stdout.startswith("#!/bin/bash") and "#SBATCH --nodes=" in done.stdout
 
 
 def test_its_python_runs() -> None:
