@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from pipeline.moving_averages import MovingAverages
 from pipeline.noise.drop_path import DropPathKeys
 from pipeline.noise.inject import NoiseInjector
 from pipeline.optim import create_optimizer, create_schedule
-from pipeline.parallel import Ranks, check_devices, require_same_on_all_ranks
+from pipeline.parallel import Ranks, barrier, check_devices, require_same_on_all_ranks
 from pipeline.state import came_from, check_record, choose_generation
 from pipeline.watchdog import Watchdog
 
@@ -152,8 +151,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Training:
     writer.prepare(engine.pieces())  # else the first save would take five times as long
     if main:
         cut_ledger(config.run, step)
-    if ranks.world_size > 1:
-        dist.barrier()  # the files are cut before anybody adds to them
+    barrier(ranks)  # the files are cut before anybody adds to them
     return Training(
         config=config,
         layout=layout,
