@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import base64
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.page import render_page
+from pipeline.page.drawing import plot_uris
 from pipeline.report.findings import Findings, Run, percent
-from pipeline.report.plots import DARK, LIGHT, Curve, Point, accuracies_svg, training_svg
+from pipeline.report.plots import Curve, Point, draw_accuracies, draw_training
 from pipeline.report.reproduce import evaluate_command, shown_path, train_command
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 _GRID_TAG = "input/step_0"
 _GRID_PIXELS = 448  # the picture grid is enlarged by a whole factor up to this width
 
 
 def render(findings: Findings, out: Path, seconds_total: float | None) -> str:
     """The page, whole. `out` is the folder that it will lie in. Errors: ValueError where a run has no pictures."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,  # a folder's name may hold anything
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "interval": _interval, "quoted": shlex.quote}
     runs = (("Pretraining", findings.pretrain), ("Fine-tuning", findings.finetune))
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        _TEMPLATE,
+        {"percent": percent, "interval": _interval, "quoted": shlex.quote},
         name=out.resolve().name,
         headline=findings.rows[0],
         rows=findings.rows,
@@ -56,10 +52,9 @@ def _plots(findings: Findings) -> dict[str, dict[str, str]]:
     runs = (("Pretraining", findings.pretrain), ("Fine-tuning", findings.finetune))
     curves = [_curve(title, run) for title, run in runs]
     points = [Point(row.label, row.accuracy.top1, *row.interval, row.accuracy.transductive) for row in findings.rows]
-    themes = {"light": LIGHT, "dark": DARK}
     return {
-        "training": {mode: _svg_uri(training_svg(curves, theme)) for mode, theme in themes.items()},
-        "accuracies": {mode: _svg_uri(accuracies_svg(points, theme)) for mode, theme in themes.items()},
+        "training": plot_uris(partial(draw_training, curves)),
+        "accuracies": plot_uris(partial(draw_accuracies, points)),
     }
 
 
@@ -73,10 +68,6 @@ def _curve(title: str, run: Run) -> Curve:
         [line["step"] / steps_per_epoch for line in validations],
         [line["val/top1"] for line in validations],
     )
-
-
-def _svg_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def _grid(title: str, run: Run) -> dict[str, Any]:

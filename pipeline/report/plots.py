@@ -5,30 +5,15 @@ What is per image and what is transductive differ in colour, lightness and marke
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one reading mode. The two kinds of accuracy lie far apart in lightness, for print in grey."""
-
-    text: str
-    back: str
-    grid: str
-    per_image: str
-    transductive: str
-
-
-LIGHT = Theme(text="#24292f", back="#ffffff", grid="#d8dee4", per_image="#0b3d66", transductive="#e07b00")
-DARK = Theme(text="#e6edf3", back="#0d1117", grid="#3d444d", per_image="#9fd3ff", transductive="#d9730d")
+from pipeline.page.drawing import Theme
 
 
 @dataclass(frozen=True)
@@ -53,56 +38,54 @@ class Point:
     transductive: bool
 
 
-def training_svg(curves: Sequence[Curve], theme: Theme) -> str:
+def draw_training(curves: Sequence[Curve], theme: Theme) -> Figure:
     """One column a run: loss above, accuracy below."""
-    with matplotlib.rc_context(_style(theme)):
-        figure = Figure(figsize=(9, 5.2), layout="constrained")
-        axes = figure.subplots(2, len(curves), squeeze=False, gridspec_kw={"wspace": 0.08})
-        for column, curve in enumerate(curves):
-            loss, accuracy = axes[0][column], axes[1][column]
-            loss.plot(curve.loss_epochs, curve.losses, color=theme.text, linewidth=1.4, clip_on=False)
-            _end_label(loss, curve.loss_epochs[-1], curve.losses[-1], f"{curve.losses[-1]:.2f}", theme.text)
-            loss.set_title(curve.title)
-            loss.set_ylim(0, 1.1 * max(curve.losses))
-            percent = [100 * value for value in curve.top1s]
-            accuracy.plot(
-                curve.top1_epochs,
-                percent,
-                color=theme.per_image,
-                linewidth=1.4,
-                marker="o",
-                markersize=3,
-                clip_on=False,
-            )
-            _end_label(accuracy, curve.top1_epochs[-1], percent[-1], f"{percent[-1]:.2f} %", theme.per_image)
-            accuracy.set_ylim(0, 105)
-            accuracy.set_xlabel("epoch")
-            for axis in (loss, accuracy):
-                axis.set_xlim(0, max(curve.loss_epochs[-1], curve.top1_epochs[-1]))
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[0][0].set_ylabel("training loss (nats)")
-        axes[1][0].set_ylabel("validation top-1 (%)\nper image, noise off")
-        return _svg(figure)
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False, gridspec_kw={"wspace": 0.08})
+    for column, curve in enumerate(curves):
+        loss, accuracy = axes[0][column], axes[1][column]
+        loss.plot(curve.loss_epochs, curve.losses, color=theme.text, linewidth=1.4, clip_on=False)
+        _end_label(loss, curve.loss_epochs[-1], curve.losses[-1], f"{curve.losses[-1]:.2f}", theme.text)
+        loss.set_title(curve.title)
+        loss.set_ylim(0, 1.1 * max(curve.losses))
+        percent = [100 * value for value in curve.top1s]
+        accuracy.plot(
+            curve.top1_epochs,
+            percent,
+            color=theme.per_image,
+            linewidth=1.4,
+            marker="o",
+            markersize=3,
+            clip_on=False,
+        )
+        _end_label(accuracy, curve.top1_epochs[-1], percent[-1], f"{percent[-1]:.2f} %", theme.per_image)
+        accuracy.set_ylim(0, 105)
+        accuracy.set_xlabel("epoch")
+        for axis in (loss, accuracy):
+            axis.set_xlim(0, max(curve.loss_epochs[-1], curve.top1_epochs[-1]))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0][0].set_ylabel("training loss (nats)")
+    axes[1][0].set_ylabel("validation top-1 (%)\nper image, noise off")
+    return figure
 
 
-def accuracies_svg(points: Sequence[Point], theme: Theme) -> str:
+def draw_accuracies(points: Sequence[Point], theme: Theme) -> Figure:
     """Top-1 with intervals, one line each, the first on top."""
-    with matplotlib.rc_context(_style(theme)):
-        figure = Figure(figsize=(9, 1.1 + 0.42 * len(points)), layout="constrained")
-        axis = figure.subplots()
-        for y, point in enumerate(points):
-            _draw_point(axis, y, point, theme)
-        axis.set_yticks(range(len(points)), [point.label for point in points])
-        axis.set_ylim(len(points) - 0.5, -0.5)
-        axis.set_xlim(0, 112)  # room for the label of a figure near 100 %
-        axis.set_xticks(range(0, 101, 20))
-        axis.set_xlabel("top-1 (%), with 95 % interval")
-        axis.spines["left"].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="y", visible=False)
-        marks = [_mark(theme, transductive) for transductive in (False, True)]
-        figure.legend(handles=marks, loc="outside upper left", ncols=2, frameon=False)
-        return _svg(figure)
+    figure = Figure(figsize=(9, 1.1 + 0.42 * len(points)), layout="constrained")
+    axis = figure.subplots()
+    for y, point in enumerate(points):
+        _draw_point(axis, y, point, theme)
+    axis.set_yticks(range(len(points)), [point.label for point in points])
+    axis.set_ylim(len(points) - 0.5, -0.5)
+    axis.set_xlim(0, 112)  # room for the label of a figure near 100 %
+    axis.set_xticks(range(0, 101, 20))
+    axis.set_xlabel("top-1 (%), with 95 % interval")
+    axis.spines["left"].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    marks = [_mark(theme, transductive) for transductive in (False, True)]
+    figure.legend(handles=marks, loc="outside upper left", ncols=2, frameon=False)
+    return figure
 
 
 def _draw_point(axis: Any, y: int, point: Point, theme: Theme) -> None:
@@ -131,33 +114,3 @@ def _end_label(axis: Any, x: float, y: float, text: str, color: str) -> None:
     axis.annotate(
         text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", color=color, annotation_clip=False
     )
-
-
-def _style(theme: Theme) -> Any:
-    return {
-        "font.size": 10,
-        "text.color": theme.text,
-        "axes.labelcolor": theme.text,
-        "axes.edgecolor": theme.grid,
-        "axes.titlecolor": theme.text,
-        "axes.titlesize": 11,
-        "axes.facecolor": "none",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.facecolor": "none",
-        "savefig.facecolor": "none",
-        "grid.color": theme.grid,
-        "grid.linewidth": 0.7,
-        "xtick.color": theme.text,
-        "ytick.color": theme.text,
-        "svg.fonttype": "path",  # reads the same wherever it is opened
-        "svg.hashsalt": "report",  # the same data gives the same file
-    }
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()

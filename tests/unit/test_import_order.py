@@ -25,6 +25,9 @@ ORDER = (
         "pipeline.tracing",
         "pipeline.loss",
         "pipeline.moving_averages",
+        "pipeline.intervals",
+        "pipeline.answers",
+        "pipeline.page",
     ),
     (
         "pipeline.weights",

@@ -1,0 +1,55 @@
+"""How sure a count is: intervals of shares and means, and whether two models differ on the same pictures.
+
+By hand where the smallest GPU environment, which has no scipy, needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_Z = 1.959963984540054  # of the normal distribution at 97.5 %
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def wilson(correct: int, of: int) -> Interval:
+    """The 95 % interval of a share (Wilson, 1927). Errors: ValueError where nothing was counted."""
+    if not 0 <= correct <= of or of < 1:
+        raise ValueError(f"{correct} of {of}: no share has an interval")
+    share, wide = correct / of, _Z * _Z / of
+    middle = (share + wide / 2) / (1 + wide)
+    half = _Z / (1 + wide) * math.sqrt(share * (1 - share) / of + wide / (4 * of))
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """The 95 % interval of a mean over seeds, by Student's t. None where there are fewer than two."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    half = float(t.ppf(0.975, len(values) - 1)) * math.sqrt(variance / len(values))
+    return Interval(mean - half, mean + half)
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """The exact two-sided p-value that two models are equally good (McNemar, 1947), from where they differ.
+
+    only_one, only_other: pictures that one of them alone answers rightly. 1.0 where there are none.
+    """
+    n, fewer = only_one + only_other, min(only_one, only_other)
+    if n == 0:
+        return 1.0
+    # Binomial(n, 1/2) up to `fewer`, in logarithms: 2^-50,000 is no float.
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(fewer + 1)
+    ]
+    top = max(logs)
+    return min(1.0, 2 * math.exp(top) * math.fsum(math.exp(value - top) for value in logs))
