@@ -1,4 +1,4 @@
-"""python -m benchmarks loader | noise | draws | train | scaling | goodput | cifar | shards"""
+"""python -m benchmarks loader | noise | draws | train | scaling | goodput | cifar | accuracy | shards | report"""
 
 from __future__ import annotations
 
@@ -63,11 +63,23 @@ _QUESTIONS = {
         "measure_cifar",
         "accuracy on CIFAR-10 with noise and without, from scratch, several seeds",
     ),
+    "accuracy": Question(
+        "benchmarks.accuracy",
+        "AccuracyOptions",
+        "measure_accuracy",
+        "the paper's tables as a grid on small pictures: per image and transductive, several seeds",
+    ),
     "shards": Question(
         "benchmarks.shards",
         "ShardsOptions",
         "measure_shards",
         "data_prep beside plain writes, webdataset, FFCV's writer and tarfile",
+    ),
+    "report": Question(
+        "benchmarks.report",
+        "ReportOptions",
+        "write_report",
+        "measures nothing: one page, and one of text, of all that was measured; the README's figures",
     ),
 }
 

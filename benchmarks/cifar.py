@@ -19,28 +19,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from benchmarks.cells import Cell, check_minutes, run_cells
-from benchmarks.cifar_audit import Tested, audit
-from benchmarks.cifar_data import Pictures, cropped, draw_crops, padded, read_pictures
+from benchmarks.cifar_audit import audit
+from benchmarks.cifar_data import Pictures, read_pictures
 from benchmarks.cifar_summary import CLEAN, NOISY, print_summary, tell_cell
+from benchmarks.cifar_training import AUGMENTATION, MAX_GRADIENT_NORM, OnDevice, Trained, Training, moved, train
 from benchmarks.harness import OnTurn, check_output, circumstances_of, spread, status_line
-from benchmarks.training_step import DTYPES, SMOOTHING, chosen_device, loss_function
-from pipeline.data.order import Layout, Order, training_micro_batches
-from pipeline.models import ModelConfig, Preprocess, create_model
+from benchmarks.training_step import SMOOTHING, chosen_device
+from pipeline.models import ModelConfig
 from pipeline.noise.config import NoiseConfig
-from pipeline.noise.inject import NoiseInjector
-from pipeline.optim import OptimConfig, create_optimizer, create_schedule
+from pipeline.optim import OptimConfig
 
 GROUP = 8  # of a linear noise in training
 HEAD_WIDTH = 64
 WARMUP_SHARE = 0.1  # of the training
-MAX_GRADIENT_NORM = 1.0
 
 NoiseName = Literal["optimal_q", "circular_shift", "gaussian", "salt_and_pepper"]
 _STRENGTHS: dict[NoiseName, float | None] = {
@@ -122,16 +118,6 @@ class CifarOptions:
         return NoiseConfig(self.noise, _STRENGTHS[self.noise], site, during="train", group_size=GROUP)
 
 
-class OnDevice(NamedTuple):
-    """All pictures, on the device for the whole run."""
-
-    padded: Tensor  # uint8 (N, S + 8, S + 8, 3), of the training split
-    labels: Tensor  # int64 (N,)
-    tested: Tested
-    classes: int
-    side: int
-
-
 def measure_cifar(options: CifarOptions, command: Sequence[str]) -> list[dict[str, Any]]:
     """Trains, evaluates, writes and prints. Errors: ValueError, OSError naming the option or file and the mend."""
     start = time.monotonic()
@@ -142,7 +128,7 @@ def measure_cifar(options: CifarOptions, command: Sequence[str]) -> list[dict[st
         on_turn("decoding the pictures")
         pictures = read_pictures(options.data, options.train_images, options.test_images)
         _check(options, pictures)
-        on_device = _moved(pictures, device)
+        on_device = moved(pictures, device)
         shared = _conditions(options, pictures, device)
         cells = [
             Cell(
@@ -172,7 +158,7 @@ def _conditions(options: CifarOptions, pictures: Pictures, device: torch.device)
         "model": options.model.name,
         "optimizer": f"AdamW of pipeline.optim, gradients clipped to norm {MAX_GRADIENT_NORM:g}",
         "label_smoothing": SMOOTHING,
-        "augmentation": "crop of the picture padded by 4, flip; by (seed, epoch, sample id)",
+        "augmentation": AUGMENTATION,
         "evaluated_in": "float32",
     }
 
@@ -183,16 +169,6 @@ def _check(options: CifarOptions, pictures: Pictures) -> None:
         raise ValueError(f"--patch {options.patch}: does not divide the pictures' side of {pictures.side}")
     if options.batch > len(pictures.train.labels):
         raise ValueError(f"--batch {options.batch} is more than the {len(pictures.train.labels)} pictures: lower it")
-
-
-def _moved(pictures: Pictures, device: torch.device) -> OnDevice:
-    return OnDevice(
-        padded=padded(torch.from_numpy(pictures.train.images).to(device)),
-        labels=torch.from_numpy(pictures.train.labels).to(device),
-        tested=Tested(torch.from_numpy(pictures.test.images).to(device), pictures.test.labels),
-        classes=len(pictures.classes),
-        side=pictures.side,
-    )
 
 
 def _measure_cell(
@@ -221,51 +197,16 @@ def _measure_cell(
     return [json.dumps(row | kept, ensure_ascii=False)]
 
 
-class Trained(NamedTuple):
-    model: nn.Module  # without its noise
-    last_loss: float  # mean of the last epoch
-    epoch_seconds: list[float]
-
-
 def train_twin(options: CifarOptions, data: OnDevice, seed: int, twin: str, on_turn: OnTurn) -> Trained:
     """Errors: ValueError where the loss is not finite."""
-    device = data.padded.device
-    torch.manual_seed(seed)
-    model = create_model(options.model, data.classes, data.side).to(device).train()
-    injector = NoiseInjector(model, options.noise_of(twin), data.side, seed)
-    preprocess = Preprocess(model, device, injector)
-    loss_of = loss_function(model, DTYPES[options.dtype], options.compile)
-    optim = options.optim
-    optimizer = create_optimizer(model, optim)
-    steps = len(data.labels) // options.batch
-    layout = Layout(0, 1, options.batch, 1)
-    schedule = create_schedule(optimizer, optim, options.epochs * steps, steps, layout)
-    step, loss, seconds = 0, 0.0, []
-    for epoch in range(options.epochs):
-        on_turn(f"seed {seed}, {twin}: epoch {epoch + 1} of {options.epochs}")
-        start = time.perf_counter()
-        crops = draw_crops(len(data.labels), seed, epoch, device)
-        losses = []
-        for ids in _epoch(data, options.batch, seed, epoch):
-            injector.set_batch(ids, epoch, step, step / (steps * options.epochs))
-            schedule.step_update(step)
-            step_loss = loss_of(preprocess(cropped(data.padded, ids, crops)), data.labels[ids])
-            step_loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(step_loss.detach())
-            step += 1
-        loss = torch.stack(losses).mean().item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-        if not np.isfinite(loss):
-            raise ValueError(f"seed {seed}, {twin}: the loss is not finite in epoch {epoch + 1}: lower --lr")
-    injector.remove()
-    return Trained(model, loss, seconds)
-
-
-def _epoch(data: OnDevice, batch: int, seed: int, epoch: int) -> Tensor:
-    """Sample ids of an epoch's steps, int64 (steps, batch), in the project's order."""
-    layout = Layout(rank=0, world_size=1, micro_batch=batch, accumulation=1)
-    batches = list(training_micro_batches(Order(len(data.labels), seed), epoch, layout, start_step=0))
-    return torch.from_numpy(np.stack(batches)).to(data.labels.device)
+    training = Training(
+        model=options.model,
+        noise=options.noise_of(twin),
+        seed=seed,
+        epochs=options.epochs,
+        batch=options.batch,
+        optim=options.optim,
+        dtype=options.dtype,
+        compile=options.compile,
+    )
+    return train(training, data, lambda epoch: on_turn(f"seed {seed}, {twin}: epoch {epoch + 1} of {options.epochs}"))

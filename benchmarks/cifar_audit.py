@@ -5,7 +5,6 @@ In float32 whatever it was trained in, so that no answer hangs on the rounding o
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.accuracy import Order, accuracy_of
+from pipeline.answers import Answers, answers_of
 from pipeline.data.order import class_mate_share, class_order, evaluation_batches, shuffled_order
-from pipeline.evaluate import Accuracy, Order
+from pipeline.intervals import wilson
 from pipeline.models import Preprocess
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 
 GROUP = 10  # the published protocol's batch
 BATCH = 1000
-_TOP = 5
 PER_IMAGE, VOTE = "per_image", f"vote_class_k{GROUP}"
 OFFICIAL, RESIDUAL = "official", "residual"
 
@@ -44,6 +44,23 @@ class Tested(NamedTuple):
 
     images: Tensor  # uint8 (N, S, S, 3)
     labels: np.ndarray  # int64 (N,)
+
+
+class InMemory:
+    """A trained model that answers the test pictures: a Respondent of pipeline.audit. It is left in evaluation."""
+
+    def __init__(self, model: nn.Module, tested: Tested, seed: int) -> None:
+        """seed: of the noise that is drawn at inference, and of the choice among several sites."""
+        self.model = model.eval()
+        self._seed = seed
+        self.labels = tested.labels
+        self._tested = tested
+        self.plain_logits = logits_of(model, NoiseConfig(), tested, np.arange(len(tested.labels)))
+
+    def answers(self, noise: NoiseConfig, order: np.ndarray) -> Answers:
+        """As Respondent."""
+        logits = ordered_logits(self.model, noise, self._tested, order, self._seed)
+        return answers_of(logits, torch.from_numpy(self.labels[order]), torch.from_numpy(order))
 
 
 class Audit(NamedTuple):
@@ -73,24 +90,27 @@ def audit(model: nn.Module, tested: Tested, depth: int, shuffle_seed: int) -> Au
     return Audit(accuracies, k1_differing)
 
 
-@torch.no_grad()
 def logits_of(model: nn.Module, noise: NoiseConfig, tested: Tested, order: np.ndarray) -> Tensor:
-    """float32 (N, classes) by sample id, on the CPU; `order` decides who is in a group with whom."""
+    """float32 (N, classes) by sample id, on the CPU; `order`, of all, decides who is in a group with whom."""
+    logits = ordered_logits(model, noise, tested, order)
+    return logits[torch.from_numpy(np.argsort(order))]
+
+
+@torch.no_grad()
+def ordered_logits(model: nn.Module, noise: NoiseConfig, tested: Tested, order: np.ndarray, seed: int = 0) -> Tensor:
+    """float32 (len(order), classes), on the CPU, as they come."""
     device = tested.images.device
-    injector = NoiseInjector(model, noise, tested.images.shape[1], seed=0)
+    injector = NoiseInjector(model, noise, tested.images.shape[1], seed)
     preprocess = Preprocess(model, device, injector)
-    logits: Tensor | None = None
+    answers = []
     try:
         for batch in evaluation_batches(order, BATCH, noise.group_size or 1, rank=0, world_size=1):
             ids = torch.from_numpy(batch).to(device)
             injector.set_batch(ids, epoch=0)
-            answer = model(preprocess(tested.images[ids])).float()
-            if logits is None:
-                logits = answer.new_full((len(order), answer.shape[1]), math.nan)
-            logits[ids] = answer
+            answers.append(model(preprocess(tested.images[ids])).float())
     finally:
         injector.remove()
-    assert logits is not None
+    logits = torch.cat(answers)
     if not torch.isfinite(logits).all():
         raise ValueError("the trained model's output is not finite: lower --lr")
     return logits.cpu()
@@ -107,26 +127,9 @@ def averaged(logits: Tensor, order: np.ndarray) -> Tensor:
 def _accuracy(
     protocol: str, noise: NoiseConfig, order: Order, ids: np.ndarray, logits: Tensor, labels: np.ndarray
 ) -> dict[str, Any]:
-    right = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices == torch.from_numpy(labels)[:, None]
     group = GROUP if protocol != PER_IMAGE else 1
-    accuracy = Accuracy(
-        protocol=protocol,
-        noise=noise.describe(),
-        order=order,
-        group_size=group,
-        num_images=len(labels),
-        correct_top1=int(right[:, 0].sum()),
-        correct_top5=int(right.any(1).sum()),
-        class_mate_share=class_mate_share(labels[ids], group) if group > 1 else None,
-        transductive=group > 1,
-    )
+    answers = answers_of(logits, torch.from_numpy(labels), torch.arange(len(labels)))
+    share = class_mate_share(labels[ids], group) if group > 1 else None
+    name = "test picture {}".format
+    accuracy = accuracy_of(answers, protocol, noise.describe(), order, group, share, group > 1, name)
     return accuracy.to_json() | {"interval": list(wilson(accuracy.correct_top1, len(labels)))}
-
-
-def wilson(correct: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927), here by hand: scipy is not in the smallest environment."""
-    z = 1.959963984540054
-    share, wide = correct / of, z * z / of
-    middle = (share + wide / 2) / (1 + wide)
-    half = z / (1 + wide) * math.sqrt(share * (1 - share) / of + wide / (4 * of))
-    return middle - half, middle + half

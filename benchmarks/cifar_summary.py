@@ -113,6 +113,17 @@ def _with_interval(row: dict[str, Any]) -> str:
 
 def print_summary(rows: Rows) -> None:
     """rows: of every (seed, twin) that is done."""
+    print_table(*summary_table(rows))
+    for row in rows:
+        tell_cell(row)
+    print(identity(rows))
+    print("every line with class mates is transductive: a picture's answer hangs on the others of its group")
+    parting = part(rows)
+    print("no seed has both twins yet: no gain to divide" if parting is None else parting.sentence())
+
+
+def summary_table(rows: Rows) -> tuple[str, list[str], list[list[str]]]:
+    """(title, header, a line for each protocol and twin)."""
     labels = {PER_IMAGE: "per image, noise off"}
     for place, text in _PLACES.items():
         labels[protocol_of(place, "class")] = f"optimal Q, {text}, class order"
@@ -125,13 +136,7 @@ def print_summary(rows: Rows) -> None:
                 lines.append([label, twin, *_cells(of_twin, protocol)])
     noises = ", ".join({row["conditions"]["noise"]: None for row in rows if row["contestant"] == NOISY})
     header = ["evaluated", "twin", "k", "class mates", "seeds", "top-1 %, mean (lowest to highest)"]
-    print_table(f"cifar: clean, and trained with {noises or 'noise (not yet)'}", header, lines)
-    for row in rows:
-        tell_cell(row)
-    _print_identity(rows)
-    print("every line with class mates is transductive: a picture's answer hangs on the others of its group")
-    parting = part(rows)
-    print("no seed has both twins yet: no gain to divide" if parting is None else parting.sentence())
+    return f"cifar: clean, and trained with {noises or 'noise (not yet)'}", header, lines
 
 
 def _cells(rows: Rows, protocol: str) -> list[str]:
@@ -145,7 +150,7 @@ def _cells(rows: Rows, protocol: str) -> list[str]:
     ]
 
 
-def _print_identity(rows: Rows) -> None:
+def identity(rows: Rows) -> str:
     """Optimal Q at k = 1 is the identity: where it is not, the code is at fault and the figures are not to be used."""
     wrong = [
         f"{row['part']}, {row['contestant']}, {place}: {count} answers differ"
@@ -154,6 +159,5 @@ def _print_identity(rows: Rows) -> None:
         if count
     ]
     if wrong:
-        print(f"FAULT: k = 1 is not noise off ({'; '.join(wrong)}): do not use the transductive figures")
-    else:
-        print("k = 1 equals noise off to the last picture, in every training and at both places")
+        return f"FAULT: k = 1 is not noise off ({'; '.join(wrong)}): do not use the transductive figures"
+    return "k = 1 equals noise off to the last picture, in every training and at both places"

@@ -324,6 +324,11 @@ def same_start(one: FirstLoss, other: FirstLoss) -> str | None:
 
 
 def _print_model(rows: Sequence[dict[str, Any]]) -> None:
+    print_table(*model_table(rows))
+
+
+def model_table(rows: Sequence[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, header, a line for each contestant) of one model."""
     first = rows[0]
     header = ["contestant", "images/s", "over timm's", "MFU", "peak GB", "compile s", "aim"]
     lines = [
@@ -339,7 +344,8 @@ def _print_model(rows: Sequence[dict[str, Any]]) -> None:
         for row in rows
     ]
     flops = first["flops_per_image"] / 1e9
-    print_table(f"train: {first['part']}, batch {first['batch']}, {flops:.1f} GFLOP an image and step", header, lines)
+    title = f"train: {first['part']}, batch {first['batch']}, {flops:.1f} GFLOP an image and step"
+    return title, header, lines
 
 
 def _spread(of: dict[str, float], form: str) -> str:

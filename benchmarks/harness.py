@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.manifest import atomic_file
-from pipeline.parallel import snapshot_environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -223,6 +222,8 @@ def circumstances_of(command: Sequence[str], note: str) -> dict[str, Any]:
 
     Called first of all, so that the load is the others'.
     """
+    from pipeline.parallel import snapshot_environment  # with it comes torch, which a reader of results need not have
+
     return {
         "note": note,
         "command": shlex.join(("python", *command)),
@@ -310,7 +311,7 @@ def print_parts(rows: Sequence[Row]) -> None:
     """A table for each part of the question."""
     for part in dict.fromkeys(row.part for row in rows):
         of_part = [row for row in rows if row.part == part]
-        print_table(f"{of_part[0].question}: {part}", *_table(of_part))
+        print_table(f"{of_part[0].question}: {part}", *table_of(of_part))
 
 
 def print_circumstances(rounds: int, circumstances: dict[str, Any]) -> None:
@@ -334,8 +335,8 @@ def print_table(title: str, header: Sequence[str], cells: Sequence[Sequence[str]
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """(header, a line for each row)."""
+def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(header, a line for each row) of one part."""
     wall, wall_unit = _scaled([row.wall_seconds for row in rows])
     cpu, cpu_unit = _scaled([row.cpu_seconds_per_item for row in rows])
     columns: dict[str, list[str]] = {"contestant": [row.contestant for row in rows]}
@@ -350,20 +351,23 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _scaled(spreads: Sequence[Spread]) -> tuple[list[str], str]:
-    """Seconds in the largest unit in which the greatest median is at least 1."""
-    most = max(s.median for s in spreads)
-    factor, unit = next(
-        (f, u) for f, u in ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns")) if most * f >= 1 or f == 1e9
-    )
+    factor, unit = unit_of_time(max(s.median for s in spreads))
     return [figures(Spread(*(value * factor for value in s))) for s in spreads], unit
+
+
+def unit_of_time(most_seconds: float) -> tuple[float, str]:
+    """(units in a second, its name) of the largest in which so many seconds are at least 1."""
+    units = ((1.0, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
+    return next(((f, u) for f, u in units if most_seconds * f >= 1), units[-1])
 
 
 def figures(value: Spread) -> str:
     """A median, and in brackets the lowest and the highest."""
-    return f"{_figure(value.median)} ({_figure(value.min)} to {_figure(value.max)})"
+    return f"{figure(value.median)} ({figure(value.min)} to {figure(value.max)})"
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
+    """Three digits, or whole from 100 on."""
     for size, letter in ((1e9, " G"), (1e6, " M")):
         if value >= size:
             return f"{value / size:.3g}{letter}"

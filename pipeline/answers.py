@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,11 @@ class Answers:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    @classmethod
+    def none(cls) -> Answers:
+        """To no picture."""
+        return answers_of(torch.zeros(0, 1), *torch.zeros(2, 0, dtype=torch.int64))
+
     @property
     def right(self) -> np.ndarray:
         """bool (n,)."""
@@ -55,8 +61,8 @@ class Answers:
 
     @property
     def mean_loss(self) -> float:
-        """Nats. In the order of sample ids, so that the sum is the same for any number of ranks."""
-        return float(self.by_id().loss.mean())
+        """Nats. Summed exactly, so that it is the same in any order."""
+        return math.fsum(self.loss) / len(self)
 
     @property
     def near_ties(self) -> np.ndarray:
@@ -78,10 +84,9 @@ class Answers:
 
     def calibration_error(self) -> float:
         """Expected calibration error (Guo et al. 2017): |share right - confidence|, weighed, over 15 equal bins."""
-        own = self.by_id()
-        bins = np.minimum((own.confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-        gap = np.bincount(bins, own.right - own.confidence, CALIBRATION_BINS)
-        return float(np.abs(gap).sum() / len(self))
+        bins = np.minimum((self.confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+        gaps = self.right - self.confidence
+        return math.fsum(abs(math.fsum(gaps[bins == bin])) for bin in range(CALIBRATION_BINS)) / len(self)
 
 
 def answers_of(logits: Tensor, labels: Tensor, sample_ids: Tensor) -> Answers:
@@ -89,28 +94,30 @@ def answers_of(logits: Tensor, labels: Tensor, sample_ids: Tensor) -> Answers:
 
     Errors: ValueError where a logit is not finite.
     """
-    logits = logits.detach().to("cpu", torch.float64)
-    labels, sample_ids = labels.cpu(), sample_ids.cpu()
-    if not torch.isfinite(logits).all():
-        bad = int(sample_ids[~torch.isfinite(logits).all(1)][0])
-        raise ValueError(f"the model's output is not finite at sample {bad}: it cannot be ranked")
+    logits = logits.detach().to(torch.float64)
+    labels, sample_ids = labels.to(logits.device), sample_ids.to(logits.device)
+    finite = torch.isfinite(logits).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"the model's output is not finite at sample {int(sample_ids[~finite][0])}: it cannot be ranked"
+        )
     best = logits.topk(min(2, logits.shape[1]), dim=1).values
-    margin = best[:, 0] - best[:, 1] if best.shape[1] == 2 else torch.full((len(logits),), torch.inf).double()
-    predicted = logits.argmax(1)  # the first of equals
+    margin = best[:, 0] - best[:, 1] if best.shape[1] == 2 else torch.full_like(best[:, 0], torch.inf)
     own = logits.gather(1, labels[:, None])
-    classes = torch.arange(logits.shape[1])
+    classes = torch.arange(logits.shape[1], device=logits.device)
     rank = ((logits > own) | ((logits == own) & (classes < labels[:, None]))).sum(1)
     log_shares = F.log_softmax(logits, dim=1)
-    return Answers(
-        sample_ids=sample_ids.numpy(),
-        labels=labels.numpy(),
-        predicted=predicted.numpy(),
-        label_rank=rank.numpy(),
-        loss=-log_shares.gather(1, labels[:, None])[:, 0].numpy(),
-        confidence=log_shares.amax(1).exp().numpy(),
-        margin=margin.numpy(),
-        largest=logits.abs().amax(1).numpy(),
+    columns = (
+        sample_ids,
+        labels,
+        logits.argmax(1),  # the first of equals
+        rank,
+        -log_shares.gather(1, labels[:, None])[:, 0],
+        log_shares.amax(1).exp(),
+        margin,
+        logits.abs().amax(1),
     )
+    return Answers(*(column.cpu().numpy() for column in columns))
 
 
 def joined(parts: list[Answers]) -> Answers:

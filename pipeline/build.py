@@ -14,6 +14,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from pipeline import checkpoint as ckpt
+from pipeline.accuracy import Accuracy
 from pipeline.agreement import Agreement
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Reader
@@ -22,7 +23,7 @@ from pipeline.data.order import Layout, layout_of
 from pipeline.data.reader import PictureReader
 from pipeline.engine import Engine, check_engine, create_engine
 from pipeline.engine.strategy import has_batch_norm
-from pipeline.evaluate import Accuracy, Evaluator
+from pipeline.evaluator import Evaluator
 from pipeline.flops import peak_flops, training_flops
 from pipeline.ledger import SampleLedger, cut_ledger
 from pipeline.metrics import RunLog, Throughput

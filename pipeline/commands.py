@@ -13,10 +13,12 @@ from rich.table import Table
 
 from pipeline.checkpoint import Generation, export_universal
 from pipeline.config import TrainConfig
-from pipeline.evaluate import Accuracy, EvaluateConfig, evaluate, load_model, open_checkpoint
+from pipeline.evaluate import EvaluateConfig, evaluate
+from pipeline.evaluation_table import print_evaluation
 from pipeline.parallel import guard_rank, launch, launched_here, quiet_libraries, ranks_from_environment
 from pipeline.recipes import all_recipes
 from pipeline.train import check, run_training
+from pipeline.trained import load_model, open_checkpoint
 
 if TYPE_CHECKING:  # their module brings scipy, which only `entropy` needs
     from pipeline.information import InformationRow
@@ -41,36 +43,10 @@ def train_command(arguments: list[str]) -> int:
 def evaluate_command(arguments: list[str]) -> int:
     config = tyro.cli(EvaluateConfig, prog="python -m pipeline evaluate", args=arguments)
     ranks = ranks_from_environment()
-    results = evaluate(config, ranks)
+    found = evaluate(config, ranks)
     if ranks.rank == 0:
-        print_accuracies(results)
+        print_evaluation(found)
     return 0
-
-
-def print_accuracies(results: list[Accuracy]) -> None:
-    """A table of the protocols, the headline first, and what they mean."""
-    table = Table("protocol", "order", "k", "class mates", "top-1 %", "top-5 %", "n")
-    for r in results:
-        share = "" if r.class_mate_share is None else f"{100 * r.class_mate_share:.1f} %"
-        name = "per image" if not r.transductive else "transductive"
-        if r.noise == "none":
-            name += ", noise off"
-        table.add_row(
-            name,
-            r.order,
-            str(r.group_size),
-            share,
-            f"{100 * r.top1:.2f}",
-            f"{100 * r.top5:.2f}",
-            str(r.num_images),
-        )
-    Console().print(table)
-    if results[-1].noise != "none":
-        print(f"Noise at inference: {results[-1].noise}.")
-    if any(r.transductive for r in results):
-        print(
-            "Transductive figures depend on the other pictures of the batch; the per-image one is the model's accuracy."
-        )
 
 
 def entropy_command(arguments: list[str]) -> int:
@@ -105,6 +81,17 @@ def print_information(rows: list[InformationRow]) -> None:
     print(f"H(Y) = {rows[0].label_entropy_nats:.3f}, n = {rows[0].num_images}.")
     for sentence in [*filter(None, (row.disagreement for row in rows)), *caveats(rows)]:
         print(sentence)
+
+
+def robustness_command(arguments: list[str]) -> int:
+    from pipeline.variants import RobustnessConfig, print_robustness, robustness
+
+    config = tyro.cli(RobustnessConfig, prog="python -m pipeline robustness", args=arguments)
+    ranks = ranks_from_environment()
+    found = robustness(config, ranks)
+    if ranks.rank == 0:
+        print_robustness(found)
+    return 0
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.accuracy import Order
 from pipeline.checkpoint import WEIGHTS_NAME, recorded_sha256, write_json
 from pipeline.data.batch import Reader
 from pipeline.data.cache import CacheConfig
 from pipeline.data.loader import EvaluationLoader, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
-from pipeline.evaluate import Checkpoint, Order, load_model, open_checkpoint, run_folder
 from pipeline.models import Preprocess
 from pipeline.noise import entropy
 from pipeline.noise.config import IMAGE_SITE, LINEAR_KINDS, NoiseConfig
@@ -30,6 +30,7 @@ from pipeline.noise.entropy import Interval
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks, join_ranks, snapshot_environment
 from pipeline.sections import to_json
+from pipeline.trained import Checkpoint, load_model, open_checkpoint, require_classes, run_folder
 
 _IMAGE_GRID = 4  # pictures are averaged over 4 x 4 fields: their mean colour alone would say too little
 
@@ -298,11 +299,7 @@ def measure_information(config: EntropyConfig, ranks: Ranks) -> list[Information
     wanted = list(noises(config, checkpoint.noise))
     data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
     reader = open_split(config.data, data, checkpoint.augment.for_evaluation(), checkpoint.seed)
-    if reader.classes != checkpoint.classes:
-        raise ValueError(
-            f"{config.data} has {len(reader.classes)} classes {reader.classes[:3]}..., the checkpoint was trained on "
-            f"{len(checkpoint.classes)} {checkpoint.classes[:3]}...: measure on the data it was trained for"
-        )
+    require_classes(config.data, reader.classes, checkpoint)
     model = load_model(checkpoint).to(join_ranks(ranks))
     rows = []
     for noise in wanted:

@@ -53,5 +53,5 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if option is Path:
             return Path(value)
         if typing.get_origin(option) is tuple:
-            return tuple(value)
+            return tuple(_value(typing.get_args(option)[0], item, where) for item in value)
     return value

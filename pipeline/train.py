@@ -12,9 +12,10 @@ from dataclasses import replace
 from timm.utils import distribute_bn
 
 from pipeline import checkpoint as ckpt
+from pipeline.accuracy import Accuracy
 from pipeline.build import Training, build, check
 from pipeline.config import TrainConfig
-from pipeline.evaluate import Accuracy, Interrupted
+from pipeline.evaluator import Interrupted
 from pipeline.freezing import hold_frozen_norms
 from pipeline.interrupt import StopRequests
 from pipeline.micro_batch import with_micro_batch

@@ -24,5 +24,6 @@ def decode_rgb(data: bytes, where: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they like; each means: not readable
         raise ValueError(
-            f"{where}: cannot be decoded ({error}); check the shards with `python -m data_prep verify`"
+            f"{where}: cannot be decoded ({error}); mend or remove it where it came from; of shards "
+            "`python -m data_prep verify` names all such"
         ) from error

@@ -46,9 +46,7 @@ class SampleIndex:
 
     def records(self, sample_ids: np.ndarray) -> np.ndarray:
         """The records of some samples, RECORD (B,), copied. Errors: IndexError for an id that there is not."""
-        sample_ids = np.asarray(sample_ids, np.int64)
-        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < len(self):
-            raise IndexError(f"sample ids {sample_ids.min()} to {sample_ids.max()}: there are {len(self)} samples")
+        sample_ids = checked_ids(sample_ids, len(self))
         found = np.empty(len(sample_ids), RECORD)
         files = self.files_of(sample_ids)
         places = sample_ids - self._first_ids[files]
@@ -68,6 +66,14 @@ class SampleIndex:
     def labels(self) -> np.ndarray:
         """All labels as the shards have them, int32 (n,); a copy of its own at each call."""
         return np.concatenate([np.empty(0, "<i4"), *(records["label"] for records in self._records)])
+
+
+def checked_ids(sample_ids: np.ndarray, count: int) -> np.ndarray:
+    """int64. Errors: IndexError for an id that is not one of `count`."""
+    sample_ids = np.asarray(sample_ids, np.int64)
+    if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < count:
+        raise IndexError(f"sample ids {sample_ids.min()} to {sample_ids.max()}: there are {count} samples")
+    return sample_ids
 
 
 def mapped_records(file: IndexFile) -> np.ndarray:

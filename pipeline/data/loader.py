@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from pipeline.data.order import Layout, Order, evaluation_batches, steps_per_epo
 from pipeline.data.reader import Labels, PictureReader, Reading
 from pipeline.data.remote import checked_url, fetch_bytes, is_url
 from pipeline.data.shards import TarSource
-from pipeline.data.source import Source
+from pipeline.data.source import Source, allow_open_files
 from pipeline.data.stream import IN_FLIGHT, Item, Stream
 
 NO_SHARDS = np.empty(0, np.int64)
@@ -82,15 +81,8 @@ def open_split(where: str, config: DataConfig, augment: AugmentConfig, seed: int
     sizes = tuple(shard.samples for shard in manifest.shards)
     samples = hashlib.sha256(manifest.samples_sha256().encode() + labels.table[in_shards].tobytes()).hexdigest()
     reading = Reading(config.image_size, augment, seed, threads, config.on_bad_sample, config.check_crc)
-    _allow_open_files()
+    allow_open_files()
     return PictureReader(source, labels, sizes, samples, reading)
-
-
-def _allow_open_files() -> None:
-    """As many as the system lets a process have: ImageNet has more shards than the usual 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def load_manifest(where: str, cache: CacheConfig) -> Manifest:

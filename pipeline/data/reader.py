@@ -116,8 +116,8 @@ class PictureReader:
         return Batch(buffer, torch.from_numpy(labels), torch.from_numpy(ids), tuple(replaced))
 
     def read(self, sample_id: int) -> bytes:
-        """A sample's bytes as stored, checked. Errors: ValueError naming file and sample."""
-        return checked_bytes(self.source, sample_id)
+        """A sample's bytes as stored, checked where the batches are. Errors: ValueError naming file and sample."""
+        return checked_bytes(self.source, sample_id, self.reading.check_crc)
 
     def where(self, sample_id: int) -> str:
         return self.source.where(sample_id)

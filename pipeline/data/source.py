@@ -1,4 +1,4 @@
-"""Where the bytes of a split's pictures are: what tars and .betons have in common, and files that stay open."""
+"""Where the bytes of a split's pictures are: what tars, .betons and folders share, and files that stay open."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from isal.isal_zlib import crc32
 
-from pipeline.data.index import SampleIndex
-
 _MOST_OPEN_FILES = 4096
 
 
@@ -25,11 +23,37 @@ class Form(NamedTuple):
     raw: np.ndarray  # bool (B,): RGB pixels, row by row; else a JPEG
 
 
+class Index(Protocol):
+    """Where each sample lies, by its id."""
+
+    def __len__(self) -> int:
+        """Samples."""
+        ...
+
+    def files_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Which file holds each sample, int64 (B,)."""
+        ...
+
+    def records(self, sample_ids: np.ndarray) -> np.ndarray:
+        """index.RECORD (B,), copied. Errors: IndexError for an id that there is not."""
+        ...
+
+    def place(self, sample_id: int) -> tuple[int, int]:
+        """(file, place in it)."""
+        ...
+
+    def labels(self) -> np.ndarray:
+        """All labels as the container has them, int32 (n,); a copy of its own at each call."""
+        ...
+
+
 class Source(Protocol):
     """The pictures of a split, as bytes in files."""
 
-    index: SampleIndex
     fetches: bool  # whether its files come from a store
+
+    @property
+    def index(self) -> Index: ...
 
     def file(self, number: int) -> OpenFile:
         """One of the index's files, open for reading."""
@@ -61,6 +85,13 @@ class Source(Protocol):
     def close(self) -> None:
         """Ends what runs for it; it can be used again."""
         ...
+
+
+def allow_open_files() -> None:
+    """As many as the system lets a process have: ImageNet has more shards than the usual 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class OpenFile:
@@ -96,7 +127,9 @@ class OpenFiles:
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
-            reason = "this process may open no more files: raise `ulimit -n`, or lower micro_batch"
+            reason = (
+                "this process may open no more files: raise `ulimit -n`, or read fewer at once (micro_batch, batch)"
+            )
             raise OSError(error.errno, reason, error.filename) from error
         with self._lock:
             if self._wanted is None or number in self._wanted:  # else of a batch that was begun before keep()

@@ -32,7 +32,7 @@ THEMES = {"light": LIGHT, "dark": DARK}
 
 def plot_uris(draw: Callable[[Theme], Figure]) -> dict[str, str]:
     """Mode -> data URI of the SVG that `draw` makes, for plot.html.j2."""
-    return {mode: _uri(svg_text(draw, theme)) for mode, theme in THEMES.items()}
+    return {mode: svg_uri(svg_text(draw, theme)) for mode, theme in THEMES.items()}
 
 
 def svg_text(draw: Callable[[Theme], Figure], theme: Theme = LIGHT) -> str:
@@ -43,7 +43,8 @@ def svg_text(draw: Callable[[Theme], Figure], theme: Theme = LIGHT) -> str:
     return buffer.getvalue()
 
 
-def _uri(svg: str) -> str:
+def svg_uri(svg: str) -> str:
+    """SVG text as a page holds it."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 

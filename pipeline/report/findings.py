@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
-
+from pipeline.accuracy import Accuracy
 from pipeline.checkpoint import CONFIG_NAME, WEIGHTS_NAME, latest_generation, recorded_sha256
 from pipeline.config import TrainConfig
-from pipeline.evaluate import Accuracy, EvaluateConfig
+from pipeline.evaluate import EvaluateConfig
+from pipeline.intervals import Interval
 from pipeline.metrics import METRICS_NAME
 from pipeline.sections import from_json
 
@@ -83,11 +83,9 @@ class Row:
     num_classes: int
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> Interval:
         """95 %, Wilson's."""
-        test = binomtest(self.accuracy.correct_top1, self.accuracy.num_images)
-        low, high = test.proportion_ci(0.95, method="wilson")
-        return float(low), float(high)
+        return self.accuracy.top1_interval
 
     @property
     def top5(self) -> float | None:
@@ -241,10 +239,10 @@ def _read_evaluation(path: Path, pretrain: Run) -> Evaluation:
 def _accuracy(body: Any, path: Path, mend: str) -> Accuracy:
     if not isinstance(body, dict):
         raise ValueError(f"{path} is damaged (an accuracy is no object): {mend}")
-    accuracy = from_json(Accuracy, {k: v for k, v in body.items() if k not in ("top1", "top5")}, str(path))
-    if not 0 <= accuracy.correct_top1 <= accuracy.correct_top5 <= accuracy.num_images or not accuracy.num_images:
-        raise ValueError(f"{path} is damaged (its counts of {accuracy.protocol} cannot be): {mend}")
-    return accuracy
+    try:
+        return Accuracy.from_json(body, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}: {mend}") from error
 
 
 def _check_sites(last: Evaluation, official: Evaluation) -> None:

@@ -18,6 +18,7 @@ from benchmarks import cells, cifar, cifar_audit, cifar_summary
 from benchmarks.cifar import CifarOptions, train_twin
 from benchmarks.cifar_data import read_pictures
 from benchmarks.cifar_summary import CLEAN, NOISY, Parting
+from benchmarks.cifar_training import OnDevice, moved
 from benchmarks.harness import read_rows
 from pipeline.flops import forward_flops
 from pipeline.models import create_model
@@ -45,8 +46,8 @@ def archive(folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(folder) -> cifar.OnDevice:
-    return cifar._moved(read_pictures(folder, None, None), torch.device("cpu"))
+def data(folder) -> OnDevice:
+    return moved(read_pictures(folder, None, None), torch.device("cpu"))
 
 
 def words(source: Path, output: Path, *more: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Peak memory of a piece of work in a process of its own, and of the processes that it starts."""
 
+import ctypes
 import json
 import os
 import signal
@@ -12,7 +13,11 @@ from functools import partial
 import numpy as np
 import pytest
 
+from benchmarks import memory
 from benchmarks.memory import Memory, MemoryRow, peak_in_new_process, print_memory
+
+MEGABYTES = 64  # that a process holds
+CLONE_VM, CLONE_VFORK = 0x100, 0x4000  # of linux/sched.h
 
 
 def _hold(megabytes: int, children: int) -> Callable[[], None]:
@@ -21,7 +26,7 @@ def _hold(megabytes: int, children: int) -> Callable[[], None]:
 
     def work() -> None:
         held = np.ones(megabytes << 20, np.uint8)
-        code = f"import time; held = bytearray(b'x' * ({megabytes} << 20)); print(flush=True); time.sleep(60)"
+        code = f"import time; held = bytearray(b'x') * ({megabytes} << 20); print(flush=True); time.sleep(60)"
         started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(children)]
         for process in started:
             process.stdout.readline()
@@ -39,6 +44,48 @@ def test_memory_is_the_growth_of_all_processes():
     assert peak.processes == 3
     assert 3 * 64 << 20 <= peak.own_bytes < 3 * 64 + 100 << 20  # two more Pythons are some megabytes each
     assert 0 <= peak.file_bytes < 100 << 20
+
+
+def _start_slowly() -> Callable[[], None]:
+    """As vfork does: the child runs in the parent's memory, which waits for it; here it sleeps instead of exec."""
+    libc = ctypes.CDLL(None)
+    libc.clone.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+    sleep, stack = ctypes.cast(libc.usleep, ctypes.c_void_p), ctypes.create_string_buffer(1 << 16)
+    top = (ctypes.addressof(stack) + len(stack)) // 16 * 16
+    _start_slowly.before = np.ones(MEGABYTES << 20, np.uint8)  # type: ignore[attr-defined]
+
+    def work() -> None:
+        child = libc.clone(sleep, top, CLONE_VM | CLONE_VFORK | signal.SIGCHLD, 300_000)
+        assert os.waitpid(child, 0) == (child, 0)
+
+    return work
+
+
+def _fork() -> Callable[[], None]:
+    held = np.ones(MEGABYTES << 20, np.uint8)
+
+    def work() -> None:
+        child = os.fork()
+        if child == 0:
+            held[:] = 2  # its own copy
+            time.sleep(0.3)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    return work
+
+
+def test_a_process_in_its_parents_memory_is_not_counted_twice():
+    started = peak_in_new_process(_start_slowly)
+    assert started.processes == 1 and started.own_bytes < MEGABYTES << 19
+    forked = peak_in_new_process(_fork)
+    assert forked.processes == 2 and forked.own_bytes >= MEGABYTES << 20
+
+
+def test_where_the_kernel_does_not_compare_a_note_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "_KCMP", {})
+    assert peak_in_new_process(_fork).processes == 2
+    assert capsys.readouterr().err.count("may count twice") == 1
 
 
 def _refuse() -> Callable[[], None]:

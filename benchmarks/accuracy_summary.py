@@ -1,0 +1,192 @@
+"""The grid's table: what a picture gets on its own, what its batch mates add, and the paper's figure beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from benchmarks.accuracy_grid import Model
+from benchmarks.harness import print_table
+from pipeline.intervals import Interval, mean_interval
+from pipeline.published import published_top1
+
+HEADER = (
+    "noise",
+    "site",
+    "acts in",
+    "seeds",
+    "per image, top-1 %",
+    "to clean, points",
+    "class order",
+    "shuffled",
+    "published",
+)
+WHAT_IT_SHOWS = (
+    "These are small models on small pictures, trained for minutes: they show what is per image and what is not, "
+    "never what a large model reaches on ImageNet.",
+    "Per image: a picture on its own. A linear noise is the identity there (k = 1), so at inference alone it leaves "
+    "the clean model's answers as they are.",
+    "Class order and shuffled are transductive: a picture's answer hangs on the others of its group.",
+    "95 % intervals are Student's, over seeds; differences are formed seed by seed, of twins that share initial "
+    "weights, order, crops and flips.",
+    "Published: the paper's figure on ImageNet for the noise, of the model named or the smallest of its family; "
+    "secondary text, not checked against the paper's tables.",
+)
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One noise in one phase. All figures in percent, one for each seed."""
+
+    model: str
+    noise: str
+    site: str
+    acts: str
+    per_image: tuple[float, ...]
+    differences: tuple[float, ...]
+    """To the clean twin per image; empty for itself."""
+    class_order: tuple[float, ...]
+    shuffled: tuple[float, ...]
+    published: str
+
+    def cells(self) -> list[str]:
+        return [
+            self.noise,
+            self.site,
+            self.acts,
+            str(len(self.per_image or self.class_order)),
+            shown(self.per_image),
+            shown(self.differences, "+"),
+            shown(self.class_order),
+            shown(self.shuffled),
+            self.published,
+        ]
+
+
+def shown(values: Sequence[float], sign: str = "") -> str:
+    """Mean and 95 % interval; nothing for none."""
+    if not values:
+        return ""
+    interval = mean_interval(values)
+    return f"{fmean(values):{sign}.2f}" + ("" if interval is None else f" ({_between(interval, sign)})")
+
+
+def _between(interval: Interval, sign: str) -> str:
+    return f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}"
+
+
+def lines_of(rows: Rows) -> list[Line]:
+    """Model by model: clean first, then noise in training, then at inference alone."""
+    found: list[Line] = []
+    for model in dict.fromkeys(row["part"] for row in rows):
+        of_model = sorted((row for row in rows if row["part"] == model), key=lambda row: row["seed"])
+        clean = {row["seed"]: row for row in of_model if row["trained_with"] is None}
+        found += _clean_lines(model, list(clean.values()))
+        found += _trained_lines(model, [row for row in of_model if row["trained_with"] is not None], clean)
+        found += _asked_lines(model, list(clean.values()))
+    return found
+
+
+def _clean_lines(model: str, rows: Rows) -> Iterator[Line]:
+    if rows:
+        off, voted = (_percent(rows, during, None) for during in ("off", "vote"))
+        yield Line(model, "none", "", "", off, (), (), (), _published(model, "none"))
+        yield Line(model, "none, logits averaged", "", "inference", (), (), voted, (), "")
+
+
+def _trained_lines(model: str, rows: Rows, clean: dict[int, dict[str, Any]]) -> Iterator[Line]:
+    points = {_key(row["trained_with"]): row["trained_with"] for row in rows}
+    for key, point in points.items():
+        own = [row for row in rows if _key(row["trained_with"]) == key]
+        off = _percent(own, "off", None)
+        yield Line(
+            model,
+            _noise(point),
+            point["site"],
+            "training",
+            off,
+            _differences(own, off, clean),
+            (),
+            (),
+            _published(model, point["kind"]),
+        )
+        alone = _percent(own, "both", point, "any")
+        yield Line(
+            model,
+            _noise(point),
+            point["site"],
+            "both",
+            alone,
+            _differences(own, alone, clean) if alone else (),
+            _percent(own, "both", point, "class"),
+            _percent(own, "both", point, "shuffled"),
+            _published(model, point["kind"]),
+        )
+
+
+def _asked_lines(model: str, rows: Rows) -> Iterator[Line]:
+    """Noise at inference alone, on the clean twins."""
+    asked = [found["point"] for row in rows for found in row["found"] if found["during"] == "eval"]
+    for point in {_key(point): point for point in asked}.values():
+        alone = _percent(rows, "eval", point, "any")
+        yield Line(
+            model,
+            _noise(point),
+            point["site"],
+            "inference",
+            alone,
+            _differences(rows, alone, {row["seed"]: row for row in rows}) if alone else (),
+            _percent(rows, "eval", point, "class"),
+            _percent(rows, "eval", point, "shuffled"),
+            _published(model, point["kind"]),
+        )
+
+
+def _percent(rows: Rows, during: str, point: dict[str, Any] | None, order: str | None = None) -> tuple[float, ...]:
+    """Of each row in turn; empty where that was not asked of it."""
+    return tuple(
+        100 * found["correct_top1"] / found["num_images"]
+        for row in rows
+        for found in row["found"]
+        if found["during"] == during and found["point"] == point and order in (None, found["order"])
+    )
+
+
+def _differences(rows: Rows, percent: Sequence[float], clean: dict[int, dict[str, Any]]) -> tuple[float, ...]:
+    """To the clean twin's of the same seed, where that has been trained."""
+    return tuple(
+        own - _percent([clean[row["seed"]]], "off", None)[0]
+        for row, own in zip(rows, percent, strict=True)
+        if row["seed"] in clean
+    )
+
+
+def _key(point: dict[str, Any]) -> tuple[str, float | None, str]:
+    return point["kind"], point["strength"], point["site"]
+
+
+def _noise(point: dict[str, Any]) -> str:
+    strength = "" if point["strength"] is None else f" {point['strength']:g}"
+    return point["kind"].replace("_", " ") + strength
+
+
+def _published(model: str, kind: str) -> str:
+    found = published_top1(Model(model).config.name, kind)
+    if found is None or found.top1 is None:
+        return ""
+    return f"{found.top1:.2f} ({found.column})"
+
+
+def print_summary(rows: Rows) -> None:
+    """rows: of every training that is done."""
+    lines = lines_of(rows)
+    for model in dict.fromkeys(line.model for line in lines):
+        conditions = next(row["conditions"] for row in rows if row["part"] == model)
+        title = f"accuracy: {model}; {conditions['pictures']}; k = {conditions['group_eval']} at inference"
+        print_table(title, HEADER, [line.cells() for line in lines if line.model == model])
+    for sentence in WHAT_IT_SHOWS:
+        print(sentence)

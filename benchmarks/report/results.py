@@ -1,0 +1,200 @@
+"""Lines of results files: the newest of each measurement, and nothing side by side that does not compare."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.harness import Row, read_rows
+
+_CIRCUMSTANCES = ("command", "time_utc", "environment", "uncommitted_changes", "load_average_1_minute", "note")
+# Which line of its table a row is, by the first of these that it has.
+_NAMES = ("contestant", "test", "what", "protocol", "ranks", "gpus")
+_PEERS = "versions_of_peers."
+
+
+class Source(NamedTuple):
+    """One run of a command, and what its figures depend on."""
+
+    command: str
+    time_utc: str
+    commit: str
+    uncommitted_changes: bool | None
+    load: float
+    hardware: str
+    versions: str
+    note: str
+
+    @property
+    def when(self) -> str:
+        return f"{self.time_utc[:10]} {self.time_utc[11:16]} UTC"
+
+    @property
+    def code(self) -> str:
+        changes = {True: "and uncommitted changes", False: "without changes", None: "changes unknown"}
+        return f"commit {self.commit[:10]} {changes[self.uncommitted_changes]}"
+
+    @property
+    def circumstances(self) -> str:
+        """All but the command, in one line."""
+        load = f"load {self.load:.1f} at start"
+        parts = (self.when, self.hardware, load, self.note, self.code, self.versions)
+        return "; ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of a results file."""
+
+    row: dict[str, Any]
+    file: Path
+    line: int
+
+    def __getitem__(self, name: str) -> Any:
+        """Errors: ValueError naming file and line where the row has no such field."""
+        if name not in self.row:
+            raise ValueError(f"{self.where} has no {name!r}: measure it again, or take the line out")
+        return self.row[name]
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, line {self.line}"
+
+    @property
+    def question(self) -> str:
+        return str(self["question"])
+
+    @property
+    def part(self) -> str:
+        return str(self.row.get("part", ""))
+
+    @property
+    def name(self) -> str:
+        return next((str(self.row[name]) for name in _NAMES if name in self.row), "")
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return self.row.get("conditions") or {}
+
+    def condition(self, name: str) -> Any:
+        """Errors: ValueError naming file and line."""
+        if name not in self.conditions:
+            raise ValueError(f"{self.where} has no condition {name!r}: measure it again, or take the line out")
+        return self.conditions[name]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Hardware, and all that was installed; the code's own commit may differ, and is shown."""
+        return {name: value for name, value in self["environment"].items() if name != "commit"}
+
+    @property
+    def source(self) -> Source:
+        versions = self.versions
+        hardware = ", ".join(versions.pop(name, "unknown") for name in ("device", "cpu"))
+        return Source(
+            command=self["command"],
+            time_utc=self["time_utc"],
+            commit=self["environment"].get("commit", "unknown"),
+            uncommitted_changes=self["uncommitted_changes"],
+            load=self["load_average_1_minute"],
+            hardware=hardware,
+            versions=", ".join(f"{name} {value}" for name, value in versions.items() if value != "not installed"),
+            note=self["note"],
+        )
+
+    @property
+    def timed(self) -> Row:
+        """As `harness.summarise` has made it. Errors: ValueError naming file and line."""
+        try:
+            return Row.from_json(self.row)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.where} is no timing ({error}): measure it again, or take the line out") from error
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Every line of the *.jsonl of a folder. Errors: ValueError, OSError naming file, line and the mend."""
+    if not folder.is_dir():
+        raise ValueError(f"--results {folder} is no folder: name one with *.jsonl of `python -m benchmarks`")
+    results = [
+        Result(row, path, number)
+        for path in sorted(folder.glob("*.jsonl"))
+        for number, row in enumerate(read_rows(path), start=1)
+    ]
+    for result in results:
+        for name in _CIRCUMSTANCES:
+            result[name]
+        try:
+            datetime.datetime.fromisoformat(result["time_utc"])
+            result.source
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{result.where} does not say when or where it was measured: take it out") from error
+    return results
+
+
+class Selected(NamedTuple):
+    chosen: list[Result]
+    superseded: list[Result]
+
+
+def select(results: Sequence[Result], variant: Callable[[Result], str], latest: bool) -> Selected:
+    """The newest result of each (variant, part, name) of one question; of `latest`, all of a part from one run.
+
+    variant: what makes a result another measurement, and not a newer one of the same.
+    """
+    newest: dict[tuple[str, ...], Result] = {}
+    runs: dict[tuple[str, ...], str] = {}
+    keys = [(variant(result), result.part, result.name) for result in results]
+    for key, result in zip(keys, results, strict=True):
+        if key not in newest or _moment(newest[key]) <= _moment(result):
+            newest[key] = result
+        runs[key[:2]] = max(runs.get(key[:2], ""), _moment(result))
+    kept = {id(result) for key, result in newest.items() if not latest or _moment(result) == runs[key[:2]]}
+    return Selected(
+        [result for result in results if id(result) in kept], [result for result in results if id(result) not in kept]
+    )
+
+
+def _moment(result: Result) -> str:
+    return datetime.datetime.fromisoformat(result["time_utc"]).astimezone(datetime.UTC).isoformat()
+
+
+def check_alike(results: Sequence[Result], within: Sequence[str] = ()) -> None:
+    """Refuses to put into one table what differs in versions, hardware or conditions.
+
+    within: names of conditions in which the lines of this table differ by intent. Errors: ValueError with the mend.
+    """
+    for other in results[1:]:
+        for name, one, another in _differences(results[0], other):
+            if name not in within:
+                raise ValueError(
+                    f"{other.file}: {other.question}{f', {other.part}' if other.part else ''}: {name} {one} "
+                    f"({results[0].source.when}) and {another} ({other.source.when}) would stand in one table: "
+                    "--latest takes the newest run alone, or measure all of it again"
+                )
+
+
+def _differences(one: Result, other: Result) -> Iterator[tuple[str, Any, Any]]:
+    a, b = (
+        {"compared with": r.row.get("compared_with")} | r.versions | dict(_flat(r.conditions)) for r in (one, other)
+    )
+    for name in dict.fromkeys([*a, *b]):
+        only_in_one = name not in a or name not in b
+        # A run of some contestants says nothing of the others' versions.
+        if a.get(name) != b.get(name) and not (only_in_one and name.startswith(_PEERS)):
+            yield name.removeprefix(_PEERS), a.get(name), b.get(name)
+
+
+def _flat(conditions: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in conditions.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def sources_of(results: Sequence[Result]) -> tuple[Source, ...]:
+    """The runs that results are of, each once."""
+    return tuple(dict.fromkeys(result.source for result in results))

@@ -1,0 +1,277 @@
+"""The nine protocols on anything that answers: no files, no loaders, nothing but torch and numpy.
+
+A group is `noise.group_size` consecutive entries of an order. Whoever answers sees an order and a noise alone, so an
+array of features will do, or a loader and a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.accuracy import compare
+from pipeline.answers import Answers, answers_of, joined
+from pipeline.audit.rows import NAMES, Row
+from pipeline.data.order import class_mate_share, evaluation_batches, permutation, shuffled_order
+from pipeline.noise.config import LINEAR_KINDS, NoiseConfig
+
+OnTurn = Callable[[str], None]
+_AT_ONCE = 4096  # pictures
+
+
+class Respondent(Protocol):
+    """A model on a labelled set of pictures; sample ids are 0 to n - 1."""
+
+    labels: np.ndarray
+    """int64 (n,)."""
+    plain_logits: Tensor
+    """float (n, classes) by sample id, noise off, on the CPU."""
+
+    def answers(self, noise: NoiseConfig, order: np.ndarray) -> Answers:
+        """To the pictures `order` (sample ids, int64; some of them will do, and one may be in several groups), in that
+        order, mixed in groups of noise.group_size of its entries; the last group may be smaller."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How large the groups are, and what is drawn."""
+
+    ks: tuple[int, ...] = (2, 5, 10, 25, 50)
+    """Group sizes, each above 1; k = 1 is always run."""
+    shuffles: int = 3
+    """Shuffled orders, each by a seed of its own."""
+    shuffle_seed: int = 0
+    """The first of these seeds, and that of the victims."""
+    victims: int = 1000
+    """Pictures that are each put among k - 1 of another class."""
+
+    def __post_init__(self) -> None:
+        if not self.ks:
+            raise ValueError("ks is empty: name group sizes, such as 2 5 10 25 50")
+        if wrong := [k for k in self.ks if k < 2]:
+            raise ValueError(f"ks has {wrong[0]}: a group mixes at least 2 pictures, and k = 1 is run in any case")
+        for name in ("shuffles", "victims"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}: at least 1")
+        if self.shuffle_seed < 0:
+            raise ValueError(f"shuffle_seed is {self.shuffle_seed}: at least 0")
+
+    @property
+    def seeds(self) -> range:
+        return range(self.shuffle_seed, self.shuffle_seed + self.shuffles)
+
+
+def run_protocols(
+    respondent: Respondent,
+    noises: Sequence[NoiseConfig],
+    settings: Settings,
+    by_class: np.ndarray,
+    twin: Answers | None = None,
+    on_turn: OnTurn = lambda what: None,
+) -> list[Row]:
+    """The rows of all protocols, in the order of their numbers; 2 to 5, 7 and 8 for each noise.
+
+    by_class: sample ids, int64 (n,), class after class: ImageFolder's order. twin: the clean twin's answers per image.
+    on_turn hears what comes next. Errors: ValueError for a noise that does not mix pictures or acts in training alone,
+    and where there are fewer pictures than the largest k.
+    """
+    n, most = len(respondent.labels), max(settings.ks)
+    if n < most:
+        raise ValueError(f"there are {n} pictures, fewer than k = {most}: name smaller groups with --ks")
+    for noise in noises:
+        if noise.kind not in LINEAR_KINDS or not noise.active(training=False):
+            raise ValueError(f"the audit is of noises that mix pictures at inference, not {noise.describe()}")
+    plain = _answers_of(respondent, np.arange(n), 1)
+    rows = [Row(1, NAMES[1], 1, "any", counts=(plain.top1,), n=n)]
+    for noise in noises:
+        runs = _Runs(respondent, noise, settings, by_class, plain, on_turn)
+        for protocol in (runs.alone, runs.in_class_order, runs.shuffled, runs.one_of_each, runs.adversarial):
+            rows += protocol()
+    rows += [_voted(respondent, by_class, k) for k in settings.ks]
+    rows.append(twin_row(plain, twin))
+    return sorted(rows, key=lambda row: row.protocol)  # stable: noises and ks stay as they were asked for
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The protocols of one noise."""
+
+    respondent: Respondent
+    noise: NoiseConfig
+    settings: Settings
+    by_class: np.ndarray
+    plain: Answers
+    on_turn: OnTurn
+
+    def alone(self) -> list[Row]:
+        """k = 1: the identity, so every picture must get the plain answer."""
+        order = np.arange(len(self.by_class))
+        found = self._answers(2, 1, order)
+        differing = int((found.predicted != self.plain.predicted).sum())
+        return [self._row(2, 1, "any", [found], order, differing=differing)]
+
+    def in_class_order(self) -> list[Row]:
+        rows = []
+        for k in self.settings.ks:
+            found = self._answers(3, k, self.by_class)
+            rows.append(self._row(3, k, "class", [found], self.by_class))
+            figure = running_mean(found.right, k)
+            remark = "mean over batches of the running accuracy: it weighs the first classes most"
+            row = replace(rows[-1], protocol=8, name=NAMES[8], measure="running_mean", remark=remark)
+            rows.append(replace(row, counts=(), figure=figure))
+        return rows
+
+    def shuffled(self) -> list[Row]:
+        rows = []
+        orders = [shuffled_order(len(self.by_class), seed) for seed in self.settings.seeds]
+        for k in self.settings.ks:
+            rows.append(self._row(4, k, "shuffled", [self._answers(4, k, order) for order in orders], *orders))
+        return rows
+
+    def one_of_each(self) -> list[Row]:
+        order = round_robin(self.respondent.labels, self.by_class)
+        classes = len(np.unique(self.respondent.labels))
+        remark = "more pictures in a group than classes: some mates are of one class"
+        return [
+            self._row(5, k, "round robin", [self._answers(5, k, order)], order, remark=remark if k > classes else "")
+            for k in self.settings.ks
+        ]
+
+    def adversarial(self) -> list[Row]:
+        """How often a victim is answered as its mates' class, beside how often it is with the noise off."""
+        rows = []
+        for k in self.settings.ks:
+            order = victims_among_others(self.respondent.labels, k, self.settings.victims, self.settings.shuffle_seed)
+            if not len(order):
+                remark = f"not run: no other class has {k - 1} pictures"
+                rows.append(replace(self._row(7, k, "a, then k - 1 of b", [], order), remark=remark))
+                continue
+            victims, theirs = order[::k], self.respondent.labels[order[1::k]]
+            found = self._answers(7, k, order).predicted[::k]
+            row = self._row(7, k, "a, then k - 1 of b", [], order)
+            row = replace(row, measure="answered_b", n=len(victims), class_mates=0.0)
+            off = int((self.plain.predicted[victims] == theirs).sum())
+            rows.append(replace(row, counts=(int((found == theirs).sum()),)))
+            rows.append(
+                replace(
+                    row,
+                    name=f"{NAMES[7]}: noise off",
+                    k=1,
+                    order="any",
+                    noise=None,
+                    transductive=False,
+                    counts=(off,),
+                    class_mates=None,
+                    remark=f"the same {len(victims)} pictures as at k = {k}",
+                )
+            )
+        return rows
+
+    def _answers(self, protocol: int, k: int, order: np.ndarray) -> Answers:
+        self.on_turn(f"{self.noise.kind} at {self.noise.site}, k = {k}: {NAMES[protocol]}")
+        found = self.respondent.answers(replace(self.noise, group_size=k), order)
+        assert np.array_equal(found.sample_ids, order), "answers come in the order that was asked for"
+        return found
+
+    def _row(
+        self,
+        protocol: int,
+        k: int,
+        order: str,
+        found: Sequence[Answers],
+        *orders: np.ndarray,
+        remark: str = "",
+        differing: int | None = None,
+    ) -> Row:
+        shares = [class_mate_share(self.respondent.labels[ids], k) for ids in orders if k > 1 and len(ids)]
+        noise = replace(self.noise, group_size=k)
+        return Row(
+            protocol,
+            NAMES[protocol],
+            k,
+            order,
+            noise=noise.describe(),
+            site=noise.site,
+            transductive=noise.mixes_samples,
+            counts=tuple(answers.top1 for answers in found),
+            n=len(self.by_class),
+            class_mates=float(np.mean(shares)) if shares else None,
+            remark=remark,
+            differing=differing,
+        )
+
+
+def running_mean(right: np.ndarray, k: int) -> float:
+    """The mean over batches of k of the accuracy so far, as the official code prints it; right: bool (n,), in order."""
+    seen = np.append(np.arange(k, len(right), k), len(right))
+    return float((np.cumsum(right)[seen - 1] / seen).mean())
+
+
+def round_robin(labels: np.ndarray, by_class: np.ndarray) -> np.ndarray:
+    """One picture of each class after another, then the next of each: any k <= classes in a row are of k classes.
+
+    Until the smaller classes are used up: their turn is then left out.
+    """
+    in_order = labels[by_class]
+    first = np.searchsorted(in_order, in_order)  # class after class, so the labels ascend
+    return by_class[np.lexsort((in_order, np.arange(len(by_class)) - first))]
+
+
+def victims_among_others(labels: np.ndarray, k: int, victims: int, seed: int) -> np.ndarray:
+    """Groups of k: a picture, then k - 1 of one other class, all drawn by the seed; no picture is a victim twice.
+
+    At most `victims` groups. Empty where a class of k - 1 pictures stands beside no other.
+    """
+    n, counts = len(labels), np.bincount(labels)
+    ids_of = {int(label): np.flatnonzero(labels == label) for label in np.flatnonzero(counts >= k - 1)}
+    groups = []
+    for victim in permutation(n, seed, 1)[:victims].tolist():
+        if others := [label for label in ids_of if label != labels[victim]]:
+            drawn = np.random.RandomState([seed & 0xFFFFFFFF, k, victim])
+            mates = ids_of[others[drawn.randint(len(others))]]
+            groups.append(np.append(victim, drawn.permutation(mates)[: k - 1]))
+    return np.concatenate([np.empty(0, np.int64), *groups]).astype(np.int64)
+
+
+def averaged(logits: Tensor, k: int) -> Tensor:
+    """Each of (B, classes) becomes the mean of its k consecutive ones; the last group may be smaller."""
+    return torch.cat([group.mean(0, keepdim=True).expand_as(group) for group in logits.split(k)])
+
+
+def _answers_of(respondent: Respondent, order: np.ndarray, k: int) -> Answers:
+    """Without noise, logits averaged over groups of k; some at a time, for log-softmax in float64 wants room."""
+    parts = []
+    for ids in evaluation_batches(order, _AT_ONCE, k, rank=0, world_size=1):
+        labels = torch.from_numpy(respondent.labels[ids])
+        parts.append(answers_of(averaged(respondent.plain_logits[ids], k), labels, torch.from_numpy(ids)))
+    return joined(parts)
+
+
+def _voted(respondent: Respondent, by_class: np.ndarray, k: int) -> Row:
+    found = _answers_of(respondent, by_class, k)
+    share = class_mate_share(respondent.labels[by_class], k)
+    return Row(6, NAMES[6], k, "class", transductive=True, counts=(found.top1,), n=len(found), class_mates=share)
+
+
+def twin_row(own: Answers, twin: Answers | None) -> Row:
+    """The clean twin's accuracy per image, and whether both are told apart on the same pictures."""
+    if twin is None:
+        return Row(9, NAMES[9], 1, "any", remark="not run: name the clean twin with --twin")
+    found = compare(own, twin)
+    return Row(
+        9,
+        NAMES[9],
+        1,
+        "any",
+        counts=(twin.top1,),
+        n=len(twin),
+        differing=found.only_one + found.only_other,
+        p=found.p_value,
+        remark=f"the twin alone; {found.only_one} pictures right here alone, {found.only_other} there alone",
+    )

@@ -1,0 +1,104 @@
+"""What one protocol found: counts first, so that every figure can be formed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.intervals import Interval, mean_interval, wilson
+from pipeline.sections import to_json
+
+NAMES = {
+    1: "noise off",
+    2: "k = 1",
+    3: "class order",
+    4: "shuffled",
+    5: "one of each class",
+    6: "plain voting, no noise",
+    7: "one of a among others of b",
+    8: "official code's figure",
+    9: "beside the clean twin",
+}
+
+Measure = Literal["top1", "answered_b", "running_mean"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. All shares lie from 0 to 1."""
+
+    protocol: int
+    """1 to 9, as PAPER.md counts them."""
+    name: str
+    k: int
+    """Pictures in a group; 1 where each is on its own."""
+    order: str
+    """`any` where no answer hangs on it."""
+    noise: str | None = None
+    """NoiseConfig.describe(); None: noise off."""
+    site: str | None = None
+    transductive: bool = False
+    """Whether another picture could have changed an answer."""
+    measure: Measure = "top1"
+    """`answered_b`: the share of victims answered as their mates' class. `running_mean`: no accuracy of a set."""
+    counts: tuple[int, ...] = ()
+    """Of the pictures that the measure asks for, one for each seed; empty where nothing was counted."""
+    n: int = 0
+    """Pictures that each count is of."""
+    figure: float | None = None
+    """Of `running_mean`, which is no count."""
+    class_mates: float | None = None
+    """Mean share of a picture's group mates that are of its class; over seeds the mean."""
+    differing: int | None = None
+    """Pictures answered otherwise than with noise off: of k = 1, where there must be none, and of a twin."""
+    p: float | None = None
+    """McNemar's exact two-sided p, of a twin."""
+    remark: str = ""
+    """Why it was not run, or what else is to be said."""
+
+    @property
+    def was_run(self) -> bool:
+        return bool(self.counts) or self.figure is not None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """One for each seed."""
+        return tuple(count / self.n for count in self.counts)
+
+    @property
+    def value(self) -> float | None:
+        """The share, over seeds their mean; None where it was not run."""
+        return sum(self.counts) / (self.n * len(self.counts)) if self.counts else self.figure
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 %: Wilson's of one count, Student's t of a mean over seeds.
+
+        Wilson's takes answers as independent, which those of one group are not: of transductive rows it is too narrow.
+        """
+        if len(self.counts) == 1:
+            return wilson(self.counts[0], self.n)
+        return mean_interval(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """The lowest and the highest of several seeds."""
+        return (min(self.values), max(self.values)) if len(self.counts) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        formed = {"values": self.values, "value": self.value, "interval_95": self.interval, "spread": self.spread}
+        return to_json(self) | to_json(formed)
+
+
+def per_image(rows: list[Row]) -> Row:
+    """Protocol 1, the headline."""
+    return next(row for row in rows if row.protocol == 1)
+
+
+def faults(rows: list[Row]) -> list[str]:
+    """Why no transductive figure may be used: a noise that at k = 1 is not the identity to the last picture."""
+    return [
+        f"FAULT: {row.noise}: at k = 1 {row.differing} of {row.n} answers differ from those with the noise off"
+        for row in rows
+        if row.protocol == 2 and row.differing
+    ]

@@ -1,0 +1,94 @@
+"""What `evaluate` prints."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.accuracy import Accuracy
+from pipeline.answers import ROUNDING
+from pipeline.evaluate import Against, ClassCount, Evaluation
+from pipeline.intervals import Interval
+
+_NAMED, _ENDS = 8, 3  # near ties, and classes of either end, that are printed
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """The protocols, the headline first; then what hangs on rounding, the classes at both ends, and the comparison."""
+    rows = [(_protocol(accuracy), accuracy) for accuracy in found.accuracies]
+    if found.against is not None:
+        rows.append(("against, noise off", found.against.accuracy))
+    print_accuracies(rows)
+    if found.accuracies[-1].noise != "none":
+        print(f"Noise at inference: {found.accuracies[-1].noise}.")
+    if any(accuracy.transductive for accuracy in found.accuracies):
+        print(
+            "Transductive figures depend on the other pictures of the batch; the per-image one is the model's accuracy."
+            "\nTheir intervals are too narrow: the answers in a group hang together."
+        )
+    print(_near_ties(found.accuracies[0]))
+    print(_ends(found.classes))
+    if found.against is not None:
+        print(_comparison(found.against))
+
+
+def _protocol(accuracy: Accuracy) -> str:
+    name = "transductive" if accuracy.transductive else "per image"
+    return f"{name}, noise off" if accuracy.noise == "none" else name
+
+
+def print_accuracies(rows: list[tuple[str, Accuracy]]) -> None:
+    """A row each; below each percentage its 95 % interval and the count that it is of."""
+
+    def percent(share: float, interval: Interval, correct: int) -> str:
+        low, high = interval
+        return f"{100 * share:.2f}\n{100 * low:.2f} to {100 * high:.2f}\n{correct:,}"
+
+    table = Table("protocol", "order", "k", "class mates", "top-1 %", "top-5 %", "loss", "ECE %", "n", show_lines=True)
+    for name, accuracy in rows:
+        share = accuracy.class_mate_share
+        table.add_row(
+            name,
+            accuracy.order,
+            str(accuracy.group_size),
+            "" if share is None else f"{100 * share:.1f} %",
+            percent(accuracy.top1, accuracy.top1_interval, accuracy.correct_top1),
+            percent(accuracy.top5, accuracy.top5_interval, accuracy.correct_top5),
+            f"{accuracy.mean_loss:.4f}",
+            f"{100 * accuracy.calibration_error:.2f}",
+            f"{accuracy.num_images:,}",
+        )
+    Console().print(table)
+    print("Below each percentage: its 95 % interval (Wilson), and how many pictures. Loss in nats.")
+
+
+def _near_ties(headline: Accuracy) -> str:
+    """Of the per-image answers, which pictures hang on float32's rounding."""
+    bound = f"closer than 2^{math.log2(ROUNDING):.0f} of their largest, float32's rounding"
+    if not headline.near_ties:
+        return f"No picture's first two logits lie {bound}."
+    names = [tie.name for tie in headline.near_ties]
+    more = f" and {len(names) - _NAMED} more, all in the JSON" if len(names) > _NAMED else ""
+    return f"The first two logits of {len(names)} lie {bound}: {', '.join(names[:_NAMED])}{more}."
+
+
+def _ends(classes: tuple[ClassCount, ...]) -> str:
+    """The classes of the lowest and the highest accuracy, those without pictures aside."""
+
+    def told(counts: list[ClassCount]) -> str:
+        return ", ".join(f"{count.name} {count.right} of {count.seen}" for count in counts)
+
+    ascending = sorted((count for count in classes if count.seen), key=lambda count: count.right / count.seen)
+    if len(ascending) <= 2 * _ENDS:
+        return f"By class: {told(ascending)}."
+    return f"Lowest by class: {told(ascending[:_ENDS])}; highest: {told(ascending[: -_ENDS - 1 : -1])}."
+
+
+def _comparison(against: Against) -> str:
+    only_one, only_other = against.comparison.only_one, against.comparison.only_other
+    return (
+        f"Right here alone {only_one:,}, right by {against.folder} alone {only_other:,}: were both equally good, "
+        f"they would differ so far or farther with probability {against.comparison.p_value:.3g} (McNemar's exact test)."
+    )
