@@ -20,13 +20,15 @@ missing_packages() {
     "$python" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
 }
 
-# Only tests of `jobs` need these, a real Slurm and two hosts out of network namespaces: without them those are skipped.
+# Only tests need these, a real Slurm, two hosts out of network namespaces, and a browser that looks at the pages: without
+# them those are skipped.
 missing_for_tests() {
     local PATH=$PATH:/usr/sbin:/sbin
     command -v slurmctld >/dev/null && command -v slurmd >/dev/null || echo slurm-wlm
     command -v munged >/dev/null || echo munge
     command -v ip >/dev/null || echo iproute2
     command -v strace >/dev/null || echo strace
+    command -v chromium >/dev/null || echo chromium
 }
 
 install_packages() {
@@ -44,7 +46,7 @@ Ask an administrator for: apt-get install"
     command -v apt-get >/dev/null || refusal="these packages are missing (by Debian's names):"
     if [ -n "$refusal" ]; then
         [ -z "$missing" ] || fail "$refusal $missing"
-        echo "TESTS OF jobs ARE SKIPPED: $refusal $for_tests" >&2
+        echo "SOME TESTS ARE SKIPPED: $refusal $for_tests" >&2
         return 0
     fi
     echo "installing Debian packages: $missing $for_tests"

@@ -69,6 +69,12 @@ _QUESTIONS = {
         "measure_accuracy",
         "the paper's tables as a grid on small pictures: per image and transductive, several seeds",
     ),
+    "audit": Question(
+        "benchmarks.audit",
+        "AuditOptions",
+        "measure_audit",
+        "the audit's nine protocols with the features before the noise kept, beside whole passes",
+    ),
     "shards": Question(
         "benchmarks.shards",
         "ShardsOptions",

@@ -223,10 +223,8 @@ def submissions(work: Work, script: Path, array: str = "") -> list[list[str]]:
     log = log_of(script.parent, "%A_%a")
     # invalid: where a task has failed the end would wait for ever
     after = [f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes", "--cpus-per-task=1"]
-    return [
-        ["sbatch", "--parsable", f"--array=0-{work.tasks - 1}", f"--output={log}", str(script)],
-        ["sbatch", "--parsable", *after, str(script), "last"],
-    ]
+    spread = ["sbatch", "--parsable", f"--array=0-{work.tasks - 1}", f"--output={log}", str(script)]
+    return [spread, *([["sbatch", "--parsable", *after, str(script), "last"]] if work.last else [])]
 
 
 def sbatch(command: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Jobs that train nothing: ``data_prep``, a split spread over the tasks of an array, and ``benchmarks``.
+"""Jobs that train by no recipe: ``data_prep`` and ``benchmarks``, each of them spread over the tasks of an array.
 
 What follows a bare ``--`` is the command: ``python -m jobs slurm data_prep --tasks 16 ... -- shard --source ...`` runs
 ``python -m data_prep shard --source ...`` sixteen times over.
@@ -14,7 +14,8 @@ import tyro
 
 from jobs.launch import require_printable_text
 
-SPREAD = "shard"  # the one command of data_prep whose work is divided
+# The one command of each whose work is divided.
+SPREAD = {"data_prep": "shard", "benchmarks": "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class BenchmarkOptions:
 
     launch_folder: str
     """Folder for job file, copy of the code, logs, and results where the command has no --output."""
+    tasks: int = 1
+    """Tasks that share the cells of a grid (of `accuracy` alone) and the file of results."""
     gpus: int = 0
-    """GPUs of the one machine that measures."""
+    """GPUs of each machine that measures."""
     submit: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the job file and submit it. Without this it is printed, and nothing happens."""
 
@@ -70,7 +73,8 @@ def work_of(options: WorkOptions, extra: Sequence[str], folder: str) -> Work:
         if options.gpus < 0:
             raise ValueError(f"--gpus: {options.gpus} is negative; give 0 for a measurement on the CPU")
         output = () if value_of("--output", extra) else ("--output", f"{folder}/{extra[0]}.jsonl")
-        return Work(f"{package}-{extra[0]}", (package, *extra, *output), 1, options.gpus)
+        words = (package, *extra, *output, *_spread_words(package, options.tasks, extra))
+        return Work(f"{package}-{extra[0]}", words, options.tasks, options.gpus)
     return _data_prep_work(options, extra)
 
 
@@ -78,21 +82,29 @@ _EXAMPLES = {"data_prep": "shard --source PICTURES --out SHARDS", "benchmarks": 
 
 
 def _data_prep_work(options: DataPrepOptions, extra: Sequence[str]) -> Work:
-    if options.tasks < 1:
-        raise ValueError(f"--tasks: {options.tasks} tasks cannot work; give 1 or more")
+    words = ("data_prep", *extra, *_spread_words("data_prep", options.tasks, extra))
+    name = f"data_prep-{extra[0]}"
     if options.tasks == 1:
-        return Work(f"data_prep-{extra[0]}", ("data_prep", *extra), 1, 0)
-    if extra[0] != SPREAD:
-        raise ValueError(f"--tasks: `{extra[0]}` is one task's work, only `{SPREAD}` is divided; leave --tasks out")
-    for own in ("--task", "--num-tasks"):
-        if value_of(own, extra) is not None:
-            raise ValueError(f"options after --: {own} would be given twice; use --tasks before the --")
+        return Work(name, words, 1, 0)
     out = value_of("--out", extra)
     if out is None:
         raise ValueError("options after --: --out is missing, the folder that all tasks write into")
     split = ("--split", value_of("--split", extra) or "train")
-    words = ("data_prep", *extra, "--num-tasks", str(options.tasks))
-    return Work("data_prep-shard", words, options.tasks, 0, ("data_prep", "finalize", "--out", out, *split))
+    return Work(name, words, options.tasks, 0, ("data_prep", "finalize", "--out", out, *split))
+
+
+def _spread_words(package: str, tasks: int, extra: Sequence[str]) -> tuple[str, ...]:
+    """What tells each task of how many it is one."""
+    if tasks < 1:
+        raise ValueError(f"--tasks: {tasks} tasks cannot work; give 1 or more")
+    if tasks == 1:
+        return ()
+    if extra[0] != (spread := SPREAD[package]):
+        raise ValueError(f"--tasks: `{extra[0]}` is one task's work, only `{spread}` is divided; leave --tasks out")
+    for own in ("--task", "--num-tasks"):
+        if value_of(own, extra) is not None:
+            raise ValueError(f"options after --: {own} would be given twice; use --tasks before the --")
+    return ("--num-tasks", str(tasks))
 
 
 def value_of(option: str, words: Sequence[str]) -> str | None:

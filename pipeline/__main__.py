@@ -1,4 +1,4 @@
-"""python -m pipeline train | evaluate | entropy | robustness | export | report | doctor"""
+"""python -m pipeline train | evaluate | audit | entropy | robustness | export | report | doctor"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 _COMMANDS = {
     "train": "pretrain or fine-tune by a recipe: `train RECIPE [options]`",
     "evaluate": "exact top-1 and top-5 of a checkpoint, per image and by transductive protocols",
+    "audit": "what an accuracy under a mixing noise is made of: nine protocols, their intervals, a verdict in words",
     "entropy": "dS of a noise by definition, beside the information measured in a checkpoint's features",
     "robustness": "exact top-1 and top-5 on ImageNet's variants: V2, ReaL, A, R, Sketch, C",
     "export": "a checkpoint's weights as timm-named safetensors",
@@ -71,6 +72,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
     return {
         "train": commands.train_command,
         "evaluate": commands.evaluate_command,
+        "audit": commands.audit_command,
         "entropy": commands.entropy_command,
         "robustness": commands.robustness_command,
         "export": commands.export_command,

@@ -67,7 +67,7 @@ class Answers:
     @property
     def near_ties(self) -> np.ndarray:
         """Sample ids, int64, of those whose first two logits lie closer than float32 can be trusted to order them."""
-        return np.sort(self.sample_ids[self.margin < ROUNDING * self.largest])
+        return np.sort(self.sample_ids[self.margin <= ROUNDING * self.largest])
 
     def by_id(self) -> Answers:
         """The same, in the order of sample ids."""

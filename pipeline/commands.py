@@ -83,12 +83,21 @@ def print_information(rows: list[InformationRow]) -> None:
         print(sentence)
 
 
+def audit_command(arguments: list[str]) -> int:
+    from pipeline.audit.run import AuditConfig, audit
+    from pipeline.audit.table import print_audit
+
+    config = tyro.cli(AuditConfig, prog="python -m pipeline audit", args=arguments)
+    print_audit(audit(config, ranks_from_environment(), arguments))
+    return 0
+
+
 def robustness_command(arguments: list[str]) -> int:
-    from pipeline.variants import RobustnessConfig, print_robustness, robustness
+    from pipeline.variants import RobustnessConfig, evaluate_variants, print_robustness
 
     config = tyro.cli(RobustnessConfig, prog="python -m pipeline robustness", args=arguments)
     ranks = ranks_from_environment()
-    found = robustness(config, ranks)
+    found = evaluate_variants(config, ranks)
     if ranks.rank == 0:
         print_robustness(found)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,16 +18,18 @@ _NAMED, _ENDS = 8, 3  # near ties, and classes of either end, that are printed
 
 def print_evaluation(found: Evaluation) -> None:
     """The protocols, the headline first; then what hangs on rounding, the classes at both ends, and the comparison."""
-    rows = [(_protocol(accuracy), accuracy) for accuracy in found.accuracies]
+    rows = list(found.accuracies)
     if found.against is not None:
-        rows.append(("against, noise off", found.against.accuracy))
-    print_accuracies(rows)
+        rows.append(found.against.accuracy)
+    names = [_protocol(accuracy) for accuracy in found.accuracies] + ["other checkpoint\nnoise off"]
+    print_accuracies(list(zip(names, rows, strict=False)))
     if found.accuracies[-1].noise != "none":
         print(f"Noise at inference: {found.accuracies[-1].noise}.")
     if any(accuracy.transductive for accuracy in found.accuracies):
         print(
             "Transductive figures depend on the other pictures of the batch; the per-image one is the model's accuracy."
-            "\nTheir intervals are too narrow: the answers in a group hang together."
+            "\nMates: how many of a picture's group are of its class. Answers in a group hang together: intervals are "
+            "too narrow."
         )
     print(_near_ties(found.accuracies[0]))
     print(_ends(found.classes))
@@ -35,32 +38,32 @@ def print_evaluation(found: Evaluation) -> None:
 
 
 def _protocol(accuracy: Accuracy) -> str:
-    name = "transductive" if accuracy.transductive else "per image"
-    return f"{name}, noise off" if accuracy.noise == "none" else name
+    """In short lines: the table has to fit into 80 columns."""
+    lines = ["transductive" if accuracy.transductive else "per image"]
+    lines.append("noise off" if accuracy.noise == "none" else f"{accuracy.order}, k = {accuracy.group_size}")
+    if accuracy.class_mate_share is not None:
+        lines.append(f"{100 * accuracy.class_mate_share:.1f} % mates")
+    return "\n".join(lines)
 
 
 def print_accuracies(rows: list[tuple[str, Accuracy]]) -> None:
-    """A row each; below each percentage its 95 % interval and the count that it is of."""
+    """Each under its name; below each percentage its 95 % interval and the count that it is of."""
 
     def percent(share: float, interval: Interval, correct: int) -> str:
         low, high = interval
         return f"{100 * share:.2f}\n{100 * low:.2f} to {100 * high:.2f}\n{correct:,}"
 
-    table = Table("protocol", "order", "k", "class mates", "top-1 %", "top-5 %", "loss", "ECE %", "n", show_lines=True)
+    table = Table("protocol", "top-1 %", "top-5 %", "loss", "ECE %", "n", box=box.HORIZONTALS, show_lines=True)
     for name, accuracy in rows:
-        share = accuracy.class_mate_share
         table.add_row(
             name,
-            accuracy.order,
-            str(accuracy.group_size),
-            "" if share is None else f"{100 * share:.1f} %",
             percent(accuracy.top1, accuracy.top1_interval, accuracy.correct_top1),
             percent(accuracy.top5, accuracy.top5_interval, accuracy.correct_top5),
             f"{accuracy.mean_loss:.4f}",
             f"{100 * accuracy.calibration_error:.2f}",
             f"{accuracy.num_images:,}",
         )
-    Console().print(table)
+    Console(highlight=False).print(table)
     print("Below each percentage: its 95 % interval (Wilson), and how many pictures. Loss in nats.")
 
 

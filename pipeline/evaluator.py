@@ -46,11 +46,8 @@ class Evaluator:
         columns: int64 (classes of the split,), the logits' columns that they are, in their order, where the split has
         some of the model's classes alone (ImageNet-A and -R). Errors: ValueError where they are not one for each class.
         """
-        if columns is not None and not len(columns) == len(set(columns.tolist())) == len(reader.classes) > 0:
-            raise ValueError(
-                f"{len(set(columns.tolist()))} of the model's classes stand for the {len(reader.classes)} of the data: "
-                "name one for each, and at least one"
-            )
+        if columns is not None:
+            _check_columns(columns, len(reader.classes))
         self.model = model
         self.injector = injector
         self.reader = reader
@@ -60,6 +57,7 @@ class Evaluator:
         self.device = next(model.parameters()).device
         self.preprocess = Preprocess(model, self.device, injector)
         self.columns = None if columns is None else torch.from_numpy(columns).to(self.device)
+        self._last_column = -1 if columns is None else int(columns.max())
 
     def per_image(self, ranks: Ranks, still_wanted: Callable[[], bool] = lambda: True) -> Accuracy:
         """The count of `alone`."""
@@ -131,6 +129,8 @@ class Evaluator:
         with torch.autocast(self.device.type, self.half_dtype, enabled=self.half_dtype is not None):
             logits = self.model(self.preprocess(batch.images))
         if self.columns is not None:
+            if self._last_column >= (known := logits.shape[1]):
+                raise ValueError(f"columns name class {self._last_column} of a model that has {known}: count from 0")
             logits = logits[:, self.columns]
         assert logits.shape[1] == len(self.reader.classes), f"{logits.shape[1]} logits, not one a class"
         return answers_of(logits, labels, sample_ids)
@@ -147,6 +147,14 @@ class Evaluator:
                 f"{first}: {int(wrong.sum())} of {len(ids)} pictures, this one first, have no label: an accuracy needs "
                 "one for each, so write the shards again from labelled pictures"
             )
+
+
+def _check_columns(columns: np.ndarray, classes: int) -> None:
+    if not len(columns):
+        raise ValueError("the data has none of the model's classes: evaluate a model that knows some of them")
+    named = len(set(columns.tolist()))
+    if columns.min() < 0 or not named == len(columns) == classes:
+        raise ValueError(f"{named} of the model's classes stand for the {classes} of the data: name one for each")
 
 
 @contextlib.contextmanager

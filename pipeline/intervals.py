@@ -1,6 +1,6 @@
 """How sure a count is: intervals of shares and means, and whether two models differ on the same pictures.
 
-By hand where the smallest GPU environment, which has no scipy, needs it.
+By hand, since the smallest GPU environment has no scipy.
 """
 
 from __future__ import annotations
@@ -31,12 +31,32 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     """The 95 % interval of a mean over seeds, by Student's t. None where there are fewer than two."""
     if len(values) < 2:
         return None
-    from scipy.stats import t
-
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = float(t.ppf(0.975, len(values) - 1)) * math.sqrt(variance / len(values))
+    half = _t_quantile(len(values) - 1) * math.sqrt(variance / len(values))
     return Interval(mean - half, mean + half)
+
+
+def _t_quantile(freedom: int) -> float:
+    """Below which 97.5 % of Student's t lies."""
+    low, high = 0.0, 13.0  # that of one degree of freedom, the largest, is 12.71
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < 0.95 else (low, middle)
+    return high
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """P(|T| < t), the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    terms = [term] if freedom > 1 else []
+    for i in range(3 if odd else 2, freedom - 1, 2):
+        term *= (i - 1) / i * math.cos(angle) ** 2
+        terms.append(term)
+    series = math.sin(angle) * math.fsum(terms)
+    return 2 / math.pi * (angle + series) if odd else series
 
 
 def mcnemar(only_one: int, only_other: int) -> float:

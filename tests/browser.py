@@ -1,4 +1,4 @@
-"""A real headless Chromium, driven over the DevTools protocol: what a page does when it is opened, and how it is laid out."""
+"""A real headless Chromium, driven over the DevTools protocol: what a page does when it is opened, and how it lies."""
 
 from __future__ import annotations
 
@@ -19,43 +19,55 @@ import aiohttp
 import pytest
 
 _FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-port=0"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+)
 _SECONDS = 60.0  # for a start or a page, on a busy machine
 _HEIGHT = 900
+PAPER = 718  # pixels between the margins of A4
 
 # Waits for every picture, then says which did not load and which text leaves its box or the window. What scrolls by
-# itself (.wide, pre) may be wider than it is shown.
+# itself (.wide, pre) may be wider than it is shown, but not on paper.
 _MEASURE = """
-(async () => {
+(async paper => {
   const broken = [];
   for (const image of document.images) {
     try { await image.decode(); } catch (error) {}
     if (!(image.naturalWidth > 0)) broken.push(image.alt || image.src.slice(0, 80));
   }
   const slack = 1, root = document.documentElement, overflowing = [];
-  const scrolls = element => element.matches('.wide, pre');
+  const scroller = element => paper ? null : element.closest('.wide, pre');
+  const beyond = box => box.left < -slack || box.right > root.clientWidth + slack;
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     if (!node.textContent.trim()) continue;
-    let box = node.parentElement;
-    while (getComputedStyle(box).display.startsWith('inline')) box = box.parentElement;
+    let element = node.parentElement;
+    while (getComputedStyle(element).display.startsWith('inline')) element = element.parentElement;
     const range = document.createRange();
     range.selectNodeContents(node);
-    const text = range.getBoundingClientRect(), own = box.getBoundingClientRect();
-    const out = text.left < own.left - slack || text.right > own.right + slack || text.bottom > own.bottom + slack;
-    const scrolled = box.closest('.wide, pre');
-    const beyond = text.left < -slack || text.right > root.clientWidth + slack;
-    if ((out && !scrolls(box)) || (beyond && !scrolled)) overflowing.push(node.textContent.trim().slice(0, 80));
+    const text = range.getBoundingClientRect(), box = element.getBoundingClientRect();
+    const out = text.left < box.left - slack || text.right > box.right + slack || text.bottom > box.bottom + slack;
+    if ((out && scroller(element) !== element) || (beyond(text) && !scroller(element))) {
+      overflowing.push(node.textContent.trim().slice(0, 80));
+    }
   }
   for (const element of document.querySelectorAll('.wide, pre, img')) {
-    const box = element.getBoundingClientRect();
-    if (box.right > root.clientWidth + slack && !element.parentElement.closest('.wide')) overflowing.push(element.outerHTML.slice(0, 80));
+    if (beyond(element.getBoundingClientRect()) && !scroller(element.parentElement)) {
+      overflowing.push(element.outerHTML.slice(0, 80));
+    }
   }
   if (root.scrollWidth > root.clientWidth) overflowing.push(`the page: ${root.scrollWidth} px`);
-  return {broken, overflowing, pictures: document.images.length, width: root.clientWidth, text: document.body.innerText};
-})()
+  return {broken, overflowing, pictures: document.images.length, text: document.body.innerText};
+})(%s)
 """
 
 
@@ -72,7 +84,6 @@ class Seen:
     overflowing: list[str] = field(default_factory=list)
     """Text that leaves its box or the window."""
     pictures: int = 0
-    width: int = 0
     text: str = ""
 
     @property
@@ -85,13 +96,14 @@ class Browser:
         self._address = address
 
     def look(self, page: Path, width: int, scheme: str = "light") -> Seen:
-        """Opens a file in a window of so many pixels, in a light or dark scheme."""
+        """Opens a file in a window of so many pixels, in a light or dark scheme; of PAPER, as it is printed."""
         return asyncio.run(asyncio.wait_for(self._look(page, width, scheme), _SECONDS))
 
     async def _look(self, page: Path, width: int, scheme: str) -> Seen:
         async with self.tab() as tab:
             await tab.open(page, width, scheme)
-            measured = await tab.call("Runtime.evaluate", expression=_MEASURE, awaitPromise=True, returnByValue=True)
+            script = _MEASURE % json.dumps(width == PAPER)
+            measured = await tab.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
             assert "exceptionDetails" not in measured, measured
             return Seen(errors=tab.errors, requests=tab.requests, **measured["result"]["value"])
 
@@ -129,7 +141,8 @@ class Tab:
         metrics = {"width": width, "height": _HEIGHT, "deviceScaleFactor": 1, "mobile": False}
         await self.call("Emulation.setDeviceMetricsOverride", **metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        await self.call("Emulation.setEmulatedMedia", features=features)
+        media = "print" if width == PAPER else "screen"
+        await self.call("Emulation.setEmulatedMedia", media=media, features=features)
         await self.call("Page.navigate", url=page.resolve().as_uri())
         while not self._loaded:
             await self._next()

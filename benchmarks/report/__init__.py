@@ -40,7 +40,9 @@ def write_report(options: ReportOptions, command: Sequence[str]) -> list[Any]:
 
     results = read_results(options.results)
     if not results and not options.runs:
-        raise ValueError(f"--results {options.results} holds no *.jsonl: measure first, such as `python -m benchmarks noise`")
+        raise ValueError(
+            f"--results {options.results} holds no *.jsonl: measure first, such as `python -m benchmarks noise`"
+        )
     sections = sections_of(results, options.latest)
     if options.runs:
         from benchmarks.report.runs import runs_section

@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[[Theme], "Figure"]
-_CIRCUMSTANCES = ("question", "part", "conditions", "cell", "code", "timings", "environment", "note", "command")
-_CIRCUMSTANCES += ("time_utc", "uncommitted_changes", "load_average_1_minute")
+_NO_FIGURES = {
+    "question",
+    "part",
+    "conditions",
+    "cell",
+    "code",
+    "timings",
+    "environment",
+    "note",
+    "command",
+    "time_utc",
+}
+_NO_FIGURES |= {"uncommitted_changes", "load_average_1_minute"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class Plot:
     draw: Draw
     words: str
     """What it shows, for those who cannot see it."""
+    large: bool = False
+    """Drawn for a whole column: on a phone it scrolls, as in a run's report."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,7 @@ class Block:
         """By column: whether its cells are figures, and end at the right."""
         columns = list(zip(*self.lines, strict=True)) or [()] * len(self.header)
         return [
-            i > 0 and all(not cell or cell[0].isdigit() or cell[0] in "+-–" for cell in c)
-            for i, c in enumerate(columns)
+            i > 0 and all(not cell or cell[0].isdigit() or cell[0] in "+-" for cell in c) for i, c in enumerate(columns)
         ]
 
 
@@ -89,7 +101,9 @@ class Section:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return tuple(dict.fromkeys(source for group in self.groups for block in group.blocks for source in block.sources))
+        return tuple(
+            dict.fromkeys(source for group in self.groups for block in group.blocks for source in block.sources)
+        )
 
 
 def block_of(
@@ -100,9 +114,16 @@ def block_of(
     within: Sequence[str] = (),
     **more: Any,
 ) -> Block:
-    """A block of results that compare. within: see check_alike, whose errors are this one's."""
+    """A block of results that compare; of several runs each line says when it was measured, where it is one result's.
+
+    within: see check_alike, whose errors are this one's.
+    """
     check_alike(results, within)
-    return Block(title, header, lines, sources_of(results), **more)
+    sources = sources_of(results)
+    if len(sources) > 1 and len(lines) == len(results):
+        header = [*header, "measured"]
+        lines = [[*line, result.source.when] for line, result in zip(lines, results, strict=True)]
+    return Block(title, header, lines, sources, **more)
 
 
 # ---- what every question's rows have in common ----
@@ -116,7 +137,7 @@ def timed_block(
     ranked: bool = False,
     words: str = "",
 ) -> Block:
-    """Of rows of `harness.summarise`: one part. own: whether a contestant is this project's; ranked: the fastest first."""
+    """Of one part's rows of `harness.summarise`. own: whether a contestant is this project's; ranked: by rate."""
     timed = [(result, result.timed) for result in results]
     if ranked:
         timed.sort(key=lambda pair: -pair[1].items_per_second.median)
@@ -196,7 +217,7 @@ def memory_block(
 
 def plain_block(results: Sequence[Result], title: str) -> Block:
     """Of rows that no other function knows: every field that is a figure or a word, so that nothing goes unseen."""
-    names = [n for n in dict.fromkeys(name for r in results for name in r.row) if n not in _CIRCUMSTANCES]
+    names = [n for n in dict.fromkeys(name for r in results for name in r.row) if n not in _NO_FIGURES]
     header = [name.replace("_", " ") for name in names if any(_shown(r.row.get(name)) for r in results)]
     lines = [
         [_shown(r.row.get(name)) for name in names if any(_shown(other.row.get(name)) for other in results)]

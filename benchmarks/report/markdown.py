@@ -13,7 +13,7 @@ PLOTS = "report-plots"
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
     """A GitHub-flavoured table; numeric: columns that end at the right."""
     rules = ["---:" if right else "---" for right in numeric]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (header, rules, *lines))
+    return "\n".join("|".join(["", *map(_cell, line), ""]) for line in (header, rules, *lines))
 
 
 def render_markdown(sections: Sequence[Section], title: str, plots: dict[int, str]) -> str:
@@ -29,14 +29,16 @@ def _section(section: Section, plots: dict[int, str]) -> Iterator[str]:
     numbers = {source: number for number, source in enumerate(section.sources, 1)}
     for group in section.groups:
         if group.variant:
-            yield f"### {group.variant}"
+            yield f"### {_plain(group.variant)}"
         for block in group.blocks:
             yield from _block(block, numbers, plots.get(id(block)))
         if group.set_up:
             yield "**Set up as**"
-            yield "\n".join(f"- {name}: {how}" for name, how in group.set_up)
+            yield "\n".join(f"- {name}: {_plain(how)}" for name, how in group.set_up)
     yield "**Runs**"
-    yield "\n".join(f"{number}. {_code(source.command)}: {source.circumstances}" for source, number in numbers.items())
+    yield "\n".join(
+        f"{number}. {_code(source.command)}: {_plain(source.circumstances)}" for source, number in numbers.items()
+    )
     if section.superseded:
         yield "**Superseded by newer ones, not shown**"
         yield "\n".join(
@@ -48,7 +50,7 @@ def _section(section: Section, plots: dict[int, str]) -> Iterator[str]:
 def _block(block: Block, numbers: dict[Source, int], plot: str | None) -> Iterator[str]:
     yield f"#### {block.title}"
     if block.words:
-        yield block.words
+        yield _plain(block.words)
     if block.plot is not None and plot is not None:
         files = [f"{PLOTS}/{plot}-{mode}.svg" for mode in ("dark", "light")]
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{files[0]}">'
@@ -58,7 +60,7 @@ def _block(block: Block, numbers: dict[Source, int], plot: str | None) -> Iterat
         for i, line in enumerate(block.lines)
     ]
     yield table(block.header, lines, block.numeric)
-    yield "\n".join(f"Run {numbers[source]}: {_code(source.command)}" for source in block.sources)
+    yield "\n".join(f"- Run {numbers[source]}: {_code(source.command)}" for source in block.sources)
 
 
 def _code(text: str) -> str:
@@ -67,8 +69,15 @@ def _code(text: str) -> str:
     return f"{fence}{text}{fence}"
 
 
+def _plain(text: str) -> str:
+    """What would begin a tag is shown."""
+    return text.replace("<", "&lt;")
+
+
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    text = _plain(text)
+    text = " ".join(text.replace("|", "\\|").split())
+    return f" {text} " if text else " "
 
 
 def _attribute(text: str) -> str:

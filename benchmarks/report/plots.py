@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class Bar:
 def draw_bars(bars: Sequence[Bar], quantity: str, theme: Theme) -> Figure:
     """Bars from zero; where the span is wide, points on a logarithmic axis, where a bar's length would mean nothing."""
     labels = [textwrap.fill(bar.label, _LABEL) for bar in bars]
-    rows = sum(0.17 + 0.16 * (1 + label.count("\n")) for label in labels)
-    image = Figure(figsize=(_WIDTH, 0.8 + rows), layout="constrained")
+    line_inches = 0.17 + 0.16 * (1 + max(label.count("\n") for label in labels))
+    image = Figure(figsize=(_WIDTH, 0.8 + len(bars) * line_inches), layout="constrained")
     axis = image.subplots()
     lowest, highest = min(bar.value.min for bar in bars), max(max(bar.value.max, bar.aim or 0) for bar in bars)
     logarithmic = lowest > 0 and highest > WIDE * lowest
@@ -67,6 +67,7 @@ def _draw_bar(axis: Any, y: int, bar: Bar, logarithmic: bool, theme: Theme) -> N
         axis.plot([low, high], [y, y], color=color, alpha=alpha, linewidth=2, solid_capstyle="butt", zorder=2)
     else:
         axis.barh([y], [median], height=0.62, color=color, alpha=alpha, zorder=2)
+    if low < high and not logarithmic:
         seen = [withStroke(linewidth=3.2, foreground=theme.back)]  # on a dark bar too
         axis.plot([low, high], [y, y], color=theme.text, linewidth=1.2, path_effects=seen, zorder=3)
     if bar.aim is not None:
@@ -101,14 +102,14 @@ def draw_lines(lines: Sequence[Line], across: str, quantity: str, theme: Theme) 
     axis.set_xscale("log", base=2)
     axis.set_xticks(xs, [f"{x:g}" for x in xs])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05 * max(value.max for line in lines for value in line.values))
     axis.set_xlabel(across)
     axis.set_ylabel(quantity)
     axis.legend(frameon=False, loc="lower left")
     return image
 
 
-def draw_p_values(series: dict[str, Sequence[float]], theme: Theme) -> Figure:
+def draw_p_values(series: Mapping[str, Sequence[float]], theme: Theme) -> Figure:
     """Sorted p-values beside where those of right draws lie on average; both axes logarithmic."""
     image = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axis = image.subplots()

@@ -1,4 +1,4 @@
-"""Every question of `python -m benchmarks`, and how its results are shown. A new one needs an entry here and its blocks."""
+"""Every question of `python -m benchmarks`, and how its results are shown. A new one needs an entry and its blocks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class Question(NamedTuple):
 
 
 QUESTIONS = {
+    "accuracy": Question(
+        "Accuracy",
+        "What does each noise give a picture on its own, what do its batch mates add, and what is published? The grid "
+        "of the paper's tables, on small pictures.",
+        trials.accuracy_variant,
+        trials.accuracy_blocks,
+    ),
     "loader": Question(
         "Loaders",
         "How many training pictures a second do this project's loaders give, beside those that people use, on the same "
@@ -62,8 +69,8 @@ QUESTIONS = {
     ),
     "cifar": Question(
         "CIFAR-10 on one GPU",
-        "Trained from scratch with noise and without: how many pictures of CIFAR-10 are answered rightly, and which part "
-        "of a gain is transductive?",
+        "Trained from scratch with noise and without: how many pictures of CIFAR-10 are answered rightly, and which "
+        "part of a gain is transductive?",
         trials.cifar_variant,
         trials.cifar_blocks,
     ),

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from benchmarks.harness import Row, read_rows
 
 _CIRCUMSTANCES = ("command", "time_utc", "environment", "uncommitted_changes", "load_average_1_minute", "note")
-# Which line of its table a row is, by the first of these that it has.
-_NAMES = ("contestant", "test", "what", "protocol", "ranks", "gpus")
+# Which line of its table a row is, by those of these that it has.
+_NAMES = ("contestant", "test", "what", "ranks", "gpus", "seed")
 _PEERS = "versions_of_peers."
 
 
@@ -21,16 +21,18 @@ class Source(NamedTuple):
 
     command: str
     time_utc: str
+    """Nothing where it was not kept."""
     commit: str
     uncommitted_changes: bool | None
-    load: float
+    load: float | None
+    """Of one minute, as it began."""
     hardware: str
     versions: str
     note: str
 
     @property
     def when(self) -> str:
-        return f"{self.time_utc[:10]} {self.time_utc[11:16]} UTC"
+        return f"{self.time_utc[:10]} {self.time_utc[11:16]} UTC" if self.time_utc else ""
 
     @property
     def code(self) -> str:
@@ -40,7 +42,7 @@ class Source(NamedTuple):
     @property
     def circumstances(self) -> str:
         """All but the command, in one line."""
-        load = f"load {self.load:.1f} at start"
+        load = "" if self.load is None else f"load {self.load:.1f} at start"
         parts = (self.when, self.hardware, load, self.note, self.code, self.versions)
         return "; ".join(part for part in parts if part)
 
@@ -73,7 +75,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        return next((str(self.row[name]) for name in _NAMES if name in self.row), "")
+        return ", ".join(str(self.row[name]) for name in _NAMES if name in self.row)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -92,8 +94,7 @@ class Result:
 
     @property
     def source(self) -> Source:
-        versions = self.versions
-        hardware = ", ".join(versions.pop(name, "unknown") for name in ("device", "cpu"))
+        hardware, versions = machine_of(self["environment"])
         return Source(
             command=self["command"],
             time_utc=self["time_utc"],
@@ -101,7 +102,7 @@ class Result:
             uncommitted_changes=self["uncommitted_changes"],
             load=self["load_average_1_minute"],
             hardware=hardware,
-            versions=", ".join(f"{name} {value}" for name, value in versions.items() if value != "not installed"),
+            versions=versions,
             note=self["note"],
         )
 
@@ -128,7 +129,7 @@ def read_results(folder: Path) -> list[Result]:
             result[name]
         try:
             datetime.datetime.fromisoformat(result["time_utc"])
-            result.source
+            machine_of(result["environment"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{result.where} does not say when or where it was measured: take it out") from error
     return results
@@ -193,6 +194,13 @@ def _flat(conditions: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def machine_of(environment: dict[str, str]) -> tuple[str, str]:
+    """(hardware, versions) in words."""
+    known = {name: value for name, value in environment.items() if name != "commit" and value != "not installed"}
+    hardware = [known.pop(name) for name in ("device", "cpu") if name in known]
+    return ", ".join(hardware) or "unknown hardware", ", ".join(f"{name} {value}" for name, value in known.items())
 
 
 def sources_of(results: Sequence[Result]) -> tuple[Source, ...]:

@@ -212,4 +212,3 @@ def _model_block(results: Sequence[Result]) -> Block:
     title, header, lines = model_table([result.row for result in results])
     own = frozenset(i for i, result in enumerate(results) if _is_own_training(result.name))
     return block_of(results, title.removeprefix("train: "), header, lines, own=own)
-

@@ -1,14 +1,21 @@
-"""The blocks of questions whose figures are tests and answers: draws and cifar."""
+"""The blocks of questions whose figures are tests and answers: draws, accuracy and cifar."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from benchmarks.report.blocks import Block, Plot, block_of
 from benchmarks.report.plots import draw_p_values
 from benchmarks.report.results import Result
 from benchmarks.report.speed import by_part
+from pipeline.intervals import mean_interval
+
+if TYPE_CHECKING:
+    from benchmarks.accuracy_summary import Line
+    from pipeline.report.plots import Point
 
 
 def draws_variant(result: Result) -> str:
@@ -47,12 +54,53 @@ def draws_blocks(results: Sequence[Result]) -> Iterator[Block]:
     )
 
 
+def accuracy_variant(result: Result) -> str:
+    names = ("pictures", "epochs", "batch", "lr", "dtype", "device", "group_train", "group_eval")
+    pictures, epochs, batch, lr, dtype, device, in_training, k = (result.condition(name) for name in names)
+    how = f"{epochs} epochs, batch {batch}, rate {lr:g}, {dtype} on {device}"
+    return f"{pictures}; {how}; groups of {in_training} in training, k = {k} at inference"
+
+
+def accuracy_blocks(results: Sequence[Result]) -> Iterator[Block]:
+    from benchmarks.accuracy_summary import HEADER, WHAT_IT_SHOWS, lines_of  # with it comes torch
+    from pipeline.report.plots import draw_accuracies
+
+    for model, of_model in by_part(results).items():
+        lines = lines_of([result.row for result in of_model])
+        points = [point for line in lines for point in _points(line)]
+        yield block_of(
+            of_model,
+            model,
+            HEADER,
+            [line.cells() for line in lines],
+            within=("noise", "seed", "asked_with"),
+            words=" ".join(WHAT_IT_SHOWS),
+            plot=Plot(
+                partial(draw_accuracies, points),
+                "Top-1 over seeds with its 95 % interval, per image and transductive; the figures stand in the table.",
+                large=True,
+            ),
+        )
+
+
+def _points(line: Line) -> Iterator[Point]:
+    """Those that the line has; a noise that is the identity for a picture on its own has none per image."""
+    from pipeline.report.plots import Point
+
+    what = ", ".join(part for part in (line.noise, line.site, line.acts) if part)
+    for order, values in (("", line.per_image), ("class order", line.class_order), ("shuffled", line.shuffled)):
+        if values:
+            mean = fmean(values)
+            low, high = mean_interval(values) or (mean, mean)
+            label = f"{what}: {order}" if order else what
+            yield Point(label, mean / 100, max(0.0, low / 100), min(1.0, high / 100), transductive=bool(order))
+
+
 def cifar_variant(result: Result) -> str:
     names = ("pictures", "epochs", "batch", "width", "depth", "patch", "dtype", "device")
     pictures, epochs, batch, width, depth, patch, dtype, device = (result.condition(name) for name in names)
-    return (
-        f"{pictures}; {epochs} epochs, batch {batch}, {depth} blocks of {width}, patches of {patch}, {dtype} on {device}"
-    )
+    how = f"{epochs} epochs, batch {batch}, {depth} blocks of {width}, patches of {patch}, {dtype} on {device}"
+    return f"{pictures}; {how}"
 
 
 def cifar_blocks(results: Sequence[Result]) -> Iterator[Block]:
@@ -61,7 +109,7 @@ def cifar_blocks(results: Sequence[Result]) -> Iterator[Block]:
     rows = [result.row for result in results]
     title, header, lines = summary_table(rows)
     parting = part(rows)
-    words = [f"{identity(rows)}."[:1].upper() + f"{identity(rows)}."[1:]]
-    words += ["Every line with class mates is transductive: a picture's answer hangs on the others of its group."]
+    words = ["Every line with class mates is transductive: a picture's answer hangs on the others of its group."]
+    words += [f"At inference {identity(rows)}."]
     words += [] if parting is None else [parting.sentence()]
     yield block_of(results, title.removeprefix("cifar: "), header, lines, ("seed", "noise"), words=" ".join(words))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -23,25 +23,7 @@ class Features:
 
     def __init__(self, n: int, shapes: Mapping[int, tuple[int, ...]], folder: Path) -> None:
         """shapes: of one picture's features, by place. Errors: OSError naming the folder where it has no room."""
-        self._open = contextlib.ExitStack()
-        self._arrays: dict[int, np.ndarray] = {}
-        try:
-            for place, shape in shapes.items():
-                self._arrays[place] = self._mapped((n, *shape), folder)
-        except BaseException:
-            self.close()
-            raise
-
-    def _mapped(self, shape: tuple[int, ...], folder: Path) -> np.ndarray:
-        file = self._open.enter_context(tempfile.TemporaryFile(dir=folder, prefix=".features-"))
-        try:
-            # A hole that cannot be filled later would end the process, by SIGBUS.
-            os.posix_fallocate(file.fileno(), 0, _FLOAT_BYTES * math.prod(shape))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise no_room(folder, _FLOAT_BYTES * math.prod(shape)) from error
-        return np.memmap(file, np.float32, "r+", shape=shape)
+        self._arrays = {place: _mapped((n, *shape), folder) for place, shape in shapes.items()}
 
     def put(self, place: int, sample_ids: np.ndarray, x: Tensor) -> None:
         """x: float32 (B, *shape), on any device."""
@@ -52,8 +34,25 @@ class Features:
         return torch.from_numpy(np.asarray(self._arrays[place][sample_ids]))
 
     def close(self) -> None:
+        """Gives the disk's room back."""
         self._arrays.clear()
-        self._open.close()
+
+
+def _mapped(shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    """float32, of a new file in `folder` that has no name and lasts as long as the array."""
+    needed_bytes = _FLOAT_BYTES * math.prod(shape)
+    descriptor, name = tempfile.mkstemp(prefix=".features-", dir=folder)
+    try:
+        os.unlink(name)
+        os.posix_fallocate(descriptor, 0, needed_bytes)  # a hole that finds no room later would end the process
+        mapped = mmap.mmap(descriptor, needed_bytes)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise no_room(folder, needed_bytes) from error
+    finally:
+        os.close(descriptor)
+    return np.frombuffer(mapped, np.float32).reshape(shape)
 
 
 def bytes_of(n: int, shapes: Sequence[tuple[int, ...]]) -> int:

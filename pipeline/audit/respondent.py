@@ -96,12 +96,13 @@ class ModelRespondent:
         with whole_float32():
             for batch in loader:
                 x, ids = preprocess(batch.images), batch.sample_ids.numpy()
-                if logits is None and self.places:
-                    self._begin(x, ids)
-                answer = (self._keep(x, ids) if self.places else self.model(x)).float().cpu()
+                if not self.places:
+                    answer = self.model(x)
+                else:
+                    answer = self._begin(x, ids) if logits is None else self._keep(x, ids)
                 if logits is None:
-                    logits = answer.new_empty((len(self.reader), answer.shape[1]))
-                logits[batch.sample_ids] = answer
+                    logits = torch.empty(len(self.reader), answer.shape[1])
+                logits[batch.sample_ids] = answer.float().cpu()
         assert logits is not None, "a split has pictures"
         self.plain_logits = logits
 
@@ -130,13 +131,17 @@ class ModelRespondent:
         patterns = NoiseConfig(site=site).site_patterns
         yield from site_shapes(self.model, patterns, self.passes.image_size)
 
-    def _begin(self, x: Tensor, ids: np.ndarray) -> None:
-        """Makes room by what the first batch shows, and makes sure that the parts are the model, to the bit."""
-        shapes, y = {}, x
+    def _begin(self, x: Tensor, ids: np.ndarray) -> Tensor:
+        """As _keep, of the first batch: it shows what room is needed, and whether the parts are the model, to the bit.
+
+        Where they are not, no features are kept.
+        """
+        found, y = {}, x
         for number, stage in enumerate(self.stages):
             if number in self.places.values():
-                shapes[number] = tuple(y.shape[1:])
+                found[number] = y
             y = stage.run(y)
+        shapes = {place: tuple(features.shape[1:]) for place, features in found.items()}
         needed = bytes_of(len(self.reader), list(shapes.values()))
         at = ", ".join(f"{site} {shapes[place]}" for site, place in self.places.items())
         self.tell(
@@ -144,14 +149,16 @@ class ModelRespondent:
         )
         check_room(self.passes.scratch, needed)
         self._features = Features(len(self.reader), shapes, self.passes.scratch)
+        for place, features in found.items():
+            self._features.put(place, ids, features)
         whole = self.model(x)
-        same = torch.equal(self._keep(x, ids), whole)
-        if not same or not all(torch.equal(self._run(place, ids), whole) for place in shapes):
+        if not torch.equal(y, whole) or not all(torch.equal(self._run(place, ids), whole) for place in shapes):
             self.close()
             self.tell(
                 f"WARNING: the parts of this {type(self.model).__name__} do not give what the whole model gives: no "
                 "features are kept, each protocol passes through the whole model"
             )
+        return whole
 
     def _keep(self, x: Tensor, ids: np.ndarray) -> Tensor:
         """Logits (B, classes) of preprocessed pictures x (B, 3, H, W); their features are kept on the way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +15,9 @@ NAMES = {
     3: "class order",
     4: "shuffled",
     5: "one of each class",
-    6: "plain voting, no noise",
-    7: "one of a among others of b",
-    8: "official code's figure",
+    6: "plain voting",
+    7: "one a among b",
+    8: "official figure",
     9: "beside the clean twin",
 }
 
@@ -35,7 +36,7 @@ class Row:
     order: str
     """`any` where no answer hangs on it."""
     noise: str | None = None
-    """NoiseConfig.describe(); None: noise off."""
+    """NoiseConfig.describe(), k left out; None: noise off."""
     site: str | None = None
     transductive: bool = False
     """Whether another picture could have changed an answer."""
@@ -45,14 +46,17 @@ class Row:
     """Of the pictures that the measure asks for, one for each seed; empty where nothing was counted."""
     n: int = 0
     """Pictures that each count is of."""
+    beside: int | None = None
+    """Of victims: how many of the same are answered so with the noise off."""
     figure: float | None = None
     """Of `running_mean`, which is no count."""
     class_mates: float | None = None
     """Mean share of a picture's group mates that are of its class; over seeds the mean."""
     differing: int | None = None
-    """Pictures answered otherwise than with noise off: of k = 1, where there must be none, and of a twin."""
+    """Pictures answered otherwise than with the noise off: of k = 1, where there must be none."""
     p: float | None = None
-    """McNemar's exact two-sided p, of a twin."""
+    """That it is as good as the model per image, by McNemar's exact test on the same pictures, two-sided. It takes
+    answers as independent, as Wilson's interval does. None over several seeds, and where the pictures are others."""
     remark: str = ""
     """Why it was not run, or what else is to be said."""
 
@@ -81,21 +85,26 @@ class Row:
         return mean_interval(self.values)
 
     @property
+    def beside_interval(self) -> Interval | None:
+        """Wilson's."""
+        return None if self.beside is None else wilson(self.beside, self.n)
+
+    @property
     def spread(self) -> tuple[float, float] | None:
         """The lowest and the highest of several seeds."""
         return (min(self.values), max(self.values)) if len(self.counts) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        formed = {"values": self.values, "value": self.value, "interval_95": self.interval, "spread": self.spread}
-        return to_json(self) | to_json(formed)
+        formed = ("values", "value", "interval", "beside_interval", "spread")
+        return to_json(self) | {name: to_json(getattr(self, name)) for name in formed}
 
 
-def per_image(rows: list[Row]) -> Row:
+def per_image(rows: Sequence[Row]) -> Row:
     """Protocol 1, the headline."""
     return next(row for row in rows if row.protocol == 1)
 
 
-def faults(rows: list[Row]) -> list[str]:
+def faults(rows: Sequence[Row]) -> list[str]:
     """Why no transductive figure may be used: a noise that at k = 1 is not the identity to the last picture."""
     return [
         f"FAULT: {row.noise}: at k = 1 {row.differing} of {row.n} answers differ from those with the noise off"

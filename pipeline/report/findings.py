@@ -155,7 +155,7 @@ def read_findings(pretrain: Path, finetune: Path, last_block: Path, official_pla
 
     Errors: FileNotFoundError, ValueError, naming the file and the mend.
     """
-    trained = _read_run(pretrain)
+    trained = read_run(pretrain)
     evaluations = [_read_evaluation(path, trained) for path in (last_block, official_place)]
     _check_sites(*evaluations)
     counts = [(e.per_image.correct_top1, e.per_image.num_images) for e in evaluations]
@@ -164,7 +164,7 @@ def read_findings(pretrain: Path, finetune: Path, last_block: Path, official_pla
             f"{last_block} has {counts[0][0]} of {counts[0][1]} pictures right per image, {official_place} has "
             f"{counts[1][0]} of {counts[1][1]}: evaluate both again, on the same data"
         )
-    return Findings(trained, _read_run(finetune), *evaluations)
+    return Findings(trained, read_run(finetune), *evaluations)
 
 
 def _read_json(path: Path, keys: Sequence[str], mend: str) -> dict[str, Any]:
@@ -181,7 +181,8 @@ def _read_json(path: Path, keys: Sequence[str], mend: str) -> dict[str, Any]:
     return body
 
 
-def _read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> Run:
+    """A finished run. Errors: FileNotFoundError, ValueError, naming the file and the mend."""
     mend = "train there to the end (the same command goes on), or name another run folder"
     path = folder / "results.json"
     keys = ("per_image", "steps", "world_size", "engine", "strategy", "noise", "environment")

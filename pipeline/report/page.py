@@ -50,7 +50,7 @@ def render(findings: Findings, out: Path, seconds_total: float | None) -> str:
 def _plots(findings: Findings) -> dict[str, dict[str, str]]:
     """Plot -> mode -> data URI."""
     runs = (("Pretraining", findings.pretrain), ("Fine-tuning", findings.finetune))
-    curves = [_curve(title, run) for title, run in runs]
+    curves = [curve_of(title, run) for title, run in runs]
     points = [Point(row.label, row.accuracy.top1, *row.interval, row.accuracy.transductive) for row in findings.rows]
     return {
         "training": plot_uris(partial(draw_training, curves)),
@@ -58,7 +58,8 @@ def _plots(findings: Findings) -> dict[str, dict[str, str]]:
     }
 
 
-def _curve(title: str, run: Run) -> Curve:
+def curve_of(title: str, run: Run) -> Curve:
+    """Loss and accuracy over a run's epochs."""
     losses, validations = run.logged, run.validated
     steps_per_epoch = losses[-1]["step"] / losses[-1]["train/epoch"]
     return Curve(
@@ -91,11 +92,12 @@ def _grid(title: str, run: Run) -> dict[str, Any]:
 
 def _facts(findings: Findings) -> list[tuple[str, str, str]]:
     """(what, of the pretraining, of the fine-tuning)."""
-    columns = [_run_facts(run) for run in (findings.pretrain, findings.finetune)]
+    columns = [run_facts(run) for run in (findings.pretrain, findings.finetune)]
     return [(name, columns[0][name], columns[1][name]) for name in columns[0]]
 
 
-def _run_facts(run: Run) -> dict[str, str]:
+def run_facts(run: Run) -> dict[str, str]:
+    """What a run was, in words."""
     config, results = run.config, run.results
     options = ", ".join(f"{name} {value}" for name, value in config.model.options.items())
     start = "random weights" if config.model.init_from is None else shown_path(config.model.init_from)

@@ -25,6 +25,7 @@ GROUPS = {
 EXTRA = GROUPS["extra"]
 CORRUPTIONS = tuple(name for group, names in GROUPS.items() if group != "extra" for name in names)
 SEVERITIES = ("1", "2", "3", "4", "5")
+CELLS = len(CORRUPTIONS) * len(SEVERITIES)  # of the published means
 # Shares of 50,000, meaned over the severities: as hendrycks/robustness published them, and google-research/augmix uses.
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
@@ -54,10 +55,10 @@ def find_cells(root: Path) -> dict[Cell, Path]:
     folders: dict[str, Path] = {}
     for name, folder in _corruption_folders(root):
         if name in folders:
-            raise ValueError(f"--c {root} holds {name} twice, as {folders[name]} and {folder}: remove one")
+            raise ValueError(f"--imagenet-c {root} holds {name} twice, as {folders[name]} and {folder}: remove one")
         folders[name] = folder
     if not folders:
-        raise ValueError(f"--c {root} holds no folders: unpack ImageNet-C there")
+        raise ValueError(f"--imagenet-c {root} holds no folders: unpack ImageNet-C there")
     cells: dict[Cell, Path] = {}
     for name in (*CORRUPTIONS, *EXTRA):
         if name not in folders:
@@ -65,7 +66,7 @@ def find_cells(root: Path) -> dict[Cell, Path]:
         severities = class_folders(folders[name])
         if not severities or not set(severities) <= set(SEVERITIES):
             held = ", ".join(severities[:6]) or "nothing"
-            raise ValueError(f"--c {folders[name]} holds {held}, not severities 1 to 5: unpack {name} again")
+            raise ValueError(f"--imagenet-c {folders[name]} holds {held}, not severities 1 to 5: unpack {name} again")
         cells |= {(name, severity): folders[name] / severity for severity in severities}
     return cells
 
@@ -76,7 +77,7 @@ def _corruption_folders(root: Path) -> Iterator[tuple[str, Path]]:
             for name in class_folders(root / entry):
                 if name not in GROUPS[entry]:
                     raise ValueError(
-                        f"--c {root / entry} holds {name}, which is no corruption of that group: it has "
+                        f"--imagenet-c {root / entry} holds {name}, which is no corruption of that group: it has "
                         f"{', '.join(GROUPS[entry])}"
                     )
                 yield name, root / entry / name
@@ -84,7 +85,7 @@ def _corruption_folders(root: Path) -> Iterator[tuple[str, Path]]:
             yield entry, root / entry
         else:
             raise ValueError(
-                f"--c {root} holds {entry}, which is no corruption of ImageNet-C: name the folder that holds "
+                f"--imagenet-c {root} holds {entry}, which is no corruption of ImageNet-C: name the folder that holds "
                 f"{CORRUPTIONS[0]} and the others, or their groups ({', '.join(GROUPS)})"
             )
 
@@ -122,12 +123,14 @@ class Corruptions:
         """Over the 15 published corruptions and their severities."""
         if self.missing:
             return None
-        return math.fsum(self.top1[name, severity] for name in CORRUPTIONS for severity in SEVERITIES) / 75
+        return math.fsum(self.top1[name, severity] for name in CORRUPTIONS for severity in SEVERITIES) / CELLS
 
     @property
     def mce(self) -> float | None:
         """Mean corruption error, a share: each corruption's error over AlexNet's, meaned (section 4.1 there)."""
         if self.missing or not self.by_alexnet:
             return None
-        errors = ((name, 1 - math.fsum(self.top1[name, s] for s in SEVERITIES) / 5) for name in CORRUPTIONS)
+        errors = (
+            (name, 1 - math.fsum(self.top1[name, s] for s in SEVERITIES) / len(SEVERITIES)) for name in CORRUPTIONS
+        )
         return math.fsum(error / ALEXNET_ERRORS[name] for name, error in errors) / len(CORRUPTIONS)

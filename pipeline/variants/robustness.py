@@ -23,10 +23,10 @@ from pipeline.sections import to_json
 from pipeline.trained import Checkpoint, load_model, open_checkpoint, require_classes, run_folder
 from pipeline.variants.classes import wordnet_classes
 from pipeline.variants.corruptions import CORRUPTIONS, Cell, Corruptions, find_cells
-from pipeline.variants.layouts import NAMES, Layout, find_layout, notes_on
+from pipeline.variants.layouts import NAMES, Layout, find_layout, flag_of, notes_on
 from pipeline.variants.real import accepted_answers, count_real, read_real
 
-_FOLDERS = ("v2", "a", "r", "sketch")
+_FOLDERS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch")
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class RobustnessConfig:
     """ImageNet's validation set: a manifest's path or URL, or a folder of class folders."""
     real: Path | None = None
     """ReaL's real.json, which judges the answers to `val` anew."""
-    v2: Path | None = None
-    """One of ImageNet-V2's three choices, such as imagenetv2-matched-frequency-format-val."""
-    a: Path | None = None
-    """ImageNet-A: imagenet-a."""
-    r: Path | None = None
-    """ImageNet-R: imagenet-r."""
-    sketch: Path | None = None
-    """ImageNet-Sketch: sketch."""
-    c: Path | None = None
-    """ImageNet-C: the folder of its corruptions, or of their groups."""
+    imagenet_v2: Path | None = None
+    """One of its three choices, such as imagenetv2-matched-frequency-format-val."""
+    imagenet_a: Path | None = None
+    """The folder of its 200 WordNet ids; only those classes are told apart."""
+    imagenet_r: Path | None = None
+    """The folder of its 200 WordNet ids, of which 86 are those of A."""
+    imagenet_sketch: Path | None = None
+    """The folder of its 1,000 WordNet ids."""
+    imagenet_c: Path | None = None
+    """The folder of its corruptions, or of their groups."""
     batch: int = 250
     workers: int = 2
     """Decoding threads of each rank."""
@@ -70,7 +70,7 @@ class RobustnessConfig:
         if self.real is not None and self.val is None:
             raise ValueError(f"--real {self.real} labels the validation set anew: give that as --val")
         if all(getattr(self, option) is None for option in NAMES):
-            raise ValueError(f"no set to evaluate: give at least one of {', '.join(f'--{name}' for name in NAMES)}")
+            raise ValueError(f"no set to evaluate: give at least one of {', '.join(map(flag_of, NAMES))}")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,10 @@ class _Session:
         )
         self.augment = self.checkpoint.augment.for_evaluation()
         self.notes: list[str] = []
+        if not self.own.is_imagenet:
+            self.notes.append(
+                f"the checkpoint's {len(self.own.names)} classes are not ImageNet's: no set is as published"
+            )
         self.sets = [self._open_validation(config.val)] if config.val is not None else []
         for option in _FOLDERS:
             root = getattr(config, option)
@@ -152,7 +156,7 @@ class _Session:
         self.accepted = None
         if config.real is not None:
             self.accepted = accepted_answers(self.sets[0].reader.source, read_real(config.real, self.own))
-        self.cells = self._survey(config.c) if config.c is not None else {}
+        self.cells = self._survey(config.imagenet_c) if config.imagenet_c is not None else {}
 
     def evaluate(self) -> Robustness:
         model = load_model(self.checkpoint, self.config.ema)
@@ -205,7 +209,7 @@ class _Session:
 
         Errors: as find_cells and find_layout; ValueError for cells that are not of the same pictures.
         """
-        cells = {cell: find_layout("c", folder, self.own) for cell, folder in find_cells(root).items()}
+        cells = {cell: find_layout("imagenet_c", folder, self.own) for cell, folder in find_cells(root).items()}
         first: tuple[Path, int, str] | None = None
         for layout in cells.values():
             count, digest = names_sha256(layout.root, layout.folders)
@@ -246,7 +250,7 @@ def _row(opened: _Set, answers: Answers) -> Row:
     )
 
 
-def robustness(config: RobustnessConfig, ranks: Ranks) -> Robustness:
+def evaluate_variants(config: RobustnessConfig, ranks: Ranks) -> Robustness:
     """The sets that `config` names, in the order of its fields. Under torchrun each rank takes its share, and 0 writes.
 
     Errors: ValueError, OSError naming the option or file and the mend, before anything is evaluated where a set's

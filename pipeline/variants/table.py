@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.variants.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, Corruptions
+from pipeline.variants.corruptions import CELLS, CORRUPTIONS, EXTRA, SEVERITIES, Corruptions
 from pipeline.variants.robustness import Robustness, Row
 
 
@@ -17,8 +17,9 @@ def print_robustness(found: Robustness) -> None:
     corruptions = found.corruptions
     if corruptions is not None:
         first = next(iter(found.cells.values()))
-        pictures = f"{len(found.cells)} x {first.pictures:,}"
-        table.add_row("ImageNet-C, mean", pictures, str(first.classes), _percent(corruptions.mean) or "-", "", "", "")
+        held = sum(name in CORRUPTIONS for name, _ in found.cells)
+        pictures = f"{CELLS if held == CELLS else f'{held} of {CELLS}'} x {first.pictures:,}"
+        table.add_row("C, mean", pictures, str(first.classes), _percent(corruptions.mean) or "-", "", "", "")
     Console().print(table)
     if corruptions is not None:
         _print_corruptions(corruptions)
@@ -32,7 +33,7 @@ def print_robustness(found: Robustness) -> None:
 def _cells_of(row: Row) -> tuple[str, ...]:
     low, high = row.top1_interval
     return (
-        row.name,
+        row.name.removeprefix("ImageNet-"),
         f"{row.pictures:,}",
         str(row.classes),
         _percent(row.top1),

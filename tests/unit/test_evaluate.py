@@ -1,26 +1,14 @@
-"""Evaluation: the per-image figure depends on nothing but model and picture; the noise protocols as written out."""
-
-import dataclasses
-import json
-from pathlib import Path
+"""Exact evaluation: the per-image figure depends on nothing but model and picture; the protocols as written out."""
 
 import numpy as np
 import pytest
 import torch
 from numbers_reader import InMemoryPictures
-from safetensors.torch import save_file
 
-from pipeline import checkpoint as ckpt
-from pipeline.checkpoint import WEIGHTS_NAME
-from pipeline.config import TrainConfig
-from pipeline.data.augment import AugmentConfig
-from pipeline.data.loader import DataConfig
-from pipeline.evaluate import EvaluateConfig, Evaluator, evaluate, load_model, open_checkpoint
-from pipeline.models import ModelConfig, create_model
+from pipeline.evaluator import Evaluator, Interrupted
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks
-from pipeline.sections import to_json
 
 ALONE = Ranks(0, 1, launched=False)
 N, CLASSES = 60, 6
@@ -57,10 +45,12 @@ class Linear(torch.nn.Module):
         return (x - 0.5).flatten(1) @ self.weight.T
 
 
-def evaluator(reader: Pictures, noise: NoiseConfig | None = None, batch: int = 16, workers: int = 0) -> Evaluator:
+def evaluator(
+    reader: Pictures, noise: NoiseConfig | None = None, batch: int = 16, workers: int = 0, **options
+) -> Evaluator:
     model = Linear(reader)
     injector = NoiseInjector(model, noise or NoiseConfig(), 2, seed=0)
-    return Evaluator(model, injector, reader, batch, workers)
+    return Evaluator(model, injector, reader, batch, workers, **options)
 
 
 def exact_logits(reader: Pictures, ids: np.ndarray) -> np.ndarray:
@@ -95,7 +85,9 @@ def test_per_image_does_not_change_with_workers_or_the_order_of_the_split():
     plain = evaluator(Pictures()).per_image(ALONE)
     assert evaluator(Pictures(), workers=2).per_image(ALONE) == plain
     for seed in range(3):
-        assert evaluator(Pictures(np.random.RandomState(seed).permutation(N))).per_image(ALONE) == plain
+        found = evaluator(Pictures(np.random.RandomState(seed).permutation(N))).per_image(ALONE)
+        assert (found.correct_top1, found.correct_top5) == (plain.correct_top1, plain.correct_top5)
+        assert found.mean_loss == pytest.approx(plain.mean_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +149,7 @@ def test_group_noise_does_not_change_with_the_batch_size():
     reader = Pictures()
     noise = NoiseConfig(kind="salt_and_pepper", strength=0.4, during="eval", group_size=4)
     results = [evaluator(reader, noise, batch=b).with_noise("shuffled", 1, ALONE) for b in (4, 8, 60)]
-    assert results[0] == results[1] == results[2]
+    assert len({(found.correct_top1, found.correct_top5, found.group_size) for found in results}) == 1
     assert results[0].correct_top1 != evaluator(reader).per_image(ALONE).correct_top1
 
 
@@ -197,7 +189,7 @@ def test_logits_that_are_no_numbers_are_refused(value):
     own.model.register_forward_hook(
         lambda module, args, out: out.index_fill(0, torch.tensor([3]), value) if len(module.batches) == 2 else out
     )
-    with pytest.raises(ValueError, match=r"not finite near sample 16"):
+    with pytest.raises(ValueError, match=r"not finite at sample 19"):
         own.per_image(ALONE)
 
 
@@ -214,7 +206,7 @@ def test_the_model_goes_back_to_training_and_evaluates_in_evaluation():
 
 @pytest.mark.parametrize("drop", [True, False])
 def test_a_picture_missed_or_seen_twice_is_noticed(drop, monkeypatch):
-    from pipeline import evaluate as module
+    from pipeline import evaluator as module
 
     class Wrong(module.EvaluationLoader):
         def __iter__(self):
@@ -222,99 +214,91 @@ def test_a_picture_missed_or_seen_twice_is_noticed(drop, monkeypatch):
             return iter(batches[:-1] if drop else [*batches[:-1], batches[0]])
 
     monkeypatch.setattr(module, "EvaluationLoader", Wrong)
-    with pytest.raises(AssertionError, match="exactly once"):
+    said = "20 were missed, 0 repeated" if drop else "20 were missed, 20 repeated"
+    with pytest.raises(AssertionError, match=f"60 pictures exactly once: {said}"):
         evaluator(Pictures(), batch=20).per_image(ALONE)
 
 
-# Whole checkpoints
+def test_answers_come_by_sample_id_whatever_part_of_the_split_is_asked_for():
+    reader = Pictures()
+    own = evaluator(reader, batch=7)
+    whole = own.alone(ALONE)
+    np.testing.assert_array_equal(whole.sample_ids, np.arange(N))
+    np.testing.assert_array_equal(whole.labels, reader.labels)
+    exact = exact_logits(reader, np.arange(N))
+    np.testing.assert_array_equal(whole.predicted, exact.argmax(1))
+    asked = np.random.RandomState(1).permutation(N)[:23]
+    part = own.answers(asked, 4, ALONE)
+    np.testing.assert_array_equal(part.sample_ids, np.sort(asked))
+    np.testing.assert_array_equal(part.predicted, whole.predicted[np.sort(asked)])
+    np.testing.assert_allclose(part.loss, whole.loss[np.sort(asked)], rtol=1e-5)
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
-    """A run folder with one checkpoint of an untrained model of the small split's three classes."""
-    config = TrainConfig(
-        run=tmp_path / "run",
-        seed=4,
-        model=ModelConfig(
-            name="vit_tiny_patch16_224", options={"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
-        ),
-        data=DataConfig(image_size=32),
-        # No evaluation takes RandAugment, so it must not keep one from reading a .beton.
-        augment=AugmentConfig(randaugment="rand-m9-n2", eval_crop_share=0.5),
-    )
-    torch.manual_seed(0)
-    model = create_model(config.model, 3, 32)
-    folder = ckpt.temporary_folder(config.run, 12)
-    folder.mkdir(parents=True)
-    save_file(model.state_dict(), folder / WEIGHTS_NAME)
-    ckpt.write_json(folder / ckpt.CONFIG_NAME, to_json(config) | {"classes": ["ant", "bee", "cat"], "step": 12})
-    ckpt.publish_generation(config.run, 12, keep=2)
-    ckpt.write_json(config.run / ckpt.CONFIG_NAME, to_json(config))
-    return config.run
+def test_the_loss_and_the_figures_are_those_of_exact_logits():
+    reader = Pictures()
+    found = evaluator(reader).per_image(ALONE)
+    logits = exact_logits(reader, np.arange(N))
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert found.mean_loss == pytest.approx(-np.log(shares[np.arange(N), reader.labels]).mean(), rel=1e-6)
+    assert found.top1_interval.low < found.top1 < found.top1_interval.high
+    assert found.near_ties == ()
 
 
-@pytest.mark.parametrize("form", ["wds", "ffcv"])
-def test_evaluate_a_checkpoint(run, raw_split, form):
-    noise = NoiseConfig(kind="optimal_q", site="blocks.0", group_size=4)
-    results = evaluate(EvaluateConfig(run, raw_split, noise=noise, format=form, batch=10, workers=0), ALONE)
-    assert [r.order for r in results] == ["manifest", "class", "shuffled"]
-    assert [r.transductive for r in results] == [False, True, True]
-    assert all(r.num_images == 24 for r in results)
-    body = json.loads((run / "evaluate_optimal_q_blocks.0.json").read_text())
-    assert body["step"] == 12 and body["accuracies"] == [r.to_json() for r in results]
-    # The .beton of raw pixels and the tars hold the same pictures: no image may be answered otherwise.
-    plain = evaluate(EvaluateConfig(run, raw_split, batch=24, workers=0, output=run / "own" / "x.json"), ALONE)
-    assert plain == results[:1]
-    assert (run / "own" / "x.json").is_file()
+def test_pictures_between_two_classes_are_listed_by_name():
+    """Two classes of one sign have equal logits, but for rounding: every picture answered so is a near tie."""
+    reader = Pictures()
+    reader.signs[1] = reader.signs[0]
+    found = evaluator(reader).per_image(ALONE)
+    tied = np.flatnonzero(exact_logits(reader, np.arange(N)).argmax(1) == 0)
+    assert len(tied) > 5
+    assert [(tie.sample_id, tie.name) for tie in found.near_ties] == [(i, f"number {i}") for i in tied]
 
 
-def test_a_checkpoint_says_what_it_is(run):
-    checkpoint = open_checkpoint(run)
-    assert open_checkpoint(checkpoint.folder) == checkpoint
-    assert (checkpoint.classes, checkpoint.seed, checkpoint.step) == (("ant", "bee", "cat"), 4, 12)
-    assert load_model(checkpoint).num_classes == 3
+def test_in_16_bits_no_rounding_bound_is_claimed():
+    assert evaluator(Pictures(), half_dtype=torch.bfloat16).per_image(ALONE).near_ties is None
 
 
-def test_other_classes_are_refused(run, raw_split, tmp_path):
-    from data_prep.manifest import read_manifest, write_manifest
-
-    manifest = dataclasses.replace(read_manifest(raw_split), classes=("x", "y", "z"))
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in raw_split.parent.iterdir():
-        if path.is_file():
-            (other / path.name).symlink_to(path)
-    (other / raw_split.name).unlink()
-    write_manifest(dataclasses.replace(manifest, folder=other))
-    with pytest.raises(ValueError, match=r"\('x', 'y', 'z'\).*the checkpoint was trained on 3 \('ant'"):
-        evaluate(EvaluateConfig(run, other / raw_split.name, workers=0), ALONE)
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint(run, tmp_path):
-    """Its folder has a config.json, but that of a run, not of a checkpoint."""
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.json").write_text((run / "config.json").read_text())
-    for source in (tmp_path / "begun", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
-            open_checkpoint(source)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        open_checkpoint(tmp_path / "nothing")
+def test_a_split_of_some_classes_is_answered_among_these_alone():
+    """As ImageNet-R: a model of six classes on pictures of three, in another order."""
+    whole, some = Pictures(), Pictures()
+    columns = np.array([4, 0, 3])
+    ids = np.flatnonzero(np.isin(whole.labels, columns))
+    some.labels = np.array([columns.tolist().index(label) for label in whole.labels[ids]])
+    some.pixels, some.classes = whole.pixels[ids], ("e", "a", "d")
+    found = evaluator(some, columns=columns).alone(ALONE)
+    expected = exact_logits(whole, ids)[:, columns]
+    np.testing.assert_array_equal(found.predicted, expected.argmax(1))
+    np.testing.assert_array_equal(found.right, expected.argmax(1) == some.labels)
+    assert 0 < found.top1 < len(ids) and found.top1 != evaluator(whole).answers(ids, 1, ALONE).top1
 
 
-def test_a_damaged_checkpoint_is_not_evaluated(run, raw_split):
-    (folder,) = (run / "checkpoints").glob("step-*")
-    weights = folder / WEIGHTS_NAME
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        evaluate(EvaluateConfig(run, raw_split, workers=0), ALONE)
-    weights.write_bytes(good)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        evaluate(EvaluateConfig(run, raw_split, workers=0), ALONE)
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ([], "none of the model's classes"),
+        ([0, 1], "2 of the model's classes stand for the 6 of the data"),
+        ([0, 1, 2, 3, 4, 4], "5 of the model's classes stand for the 6 of the data"),
+        ([0, 1, 2, 3, 4, 6], "class 6 of a model that has 6"),
+    ],
+)
+def test_classes_that_the_model_has_not_are_refused(columns, message):
+    with pytest.raises(ValueError, match=message):
+        evaluator(Pictures(), columns=np.array(columns, np.int64)).alone(ALONE)
 
 
-@pytest.mark.parametrize(("options", "name"), [({"batch": 0}, "batch"), ({"workers": -1}, "workers")])
-def test_out_of_range_options_are_refused_by_name(options, name):
-    with pytest.raises(ValueError, match=f"^{name} is"):
-        EvaluateConfig(Path("x"), Path("y"), **options)
+def test_no_picture_and_pictures_without_labels_are_refused():
+    with pytest.raises(ValueError, match="no picture to evaluate: name data"):
+        evaluator(Pictures()).answers(np.arange(0), 1, ALONE)
+    for bad in (-1, CLASSES):
+        reader = Pictures()
+        reader.labels[[7, 33]] = bad
+        with pytest.raises(ValueError, match=r"^number 7: 2 of 60 pictures.* have no label.*write the shards again"):
+            evaluator(reader).per_image(ALONE)
+
+
+def test_a_pass_that_is_not_wanted_is_given_up_and_leaves_the_model_as_it_was():
+    own, asked = evaluator(Pictures(), batch=10), []
+    own.model.train()
+    with pytest.raises(Interrupted):
+        own.alone(ALONE, lambda: len(asked) < 3 and not asked.append(None))
+    assert own.model.batches == [10] * 3 and own.model.training and own.injector.enabled

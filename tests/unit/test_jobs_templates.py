@@ -15,12 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import kubernetes, launch, local, slurm, training
-from jobs.kubernetes import KubernetesDataPrepOptions, KubernetesOptions, KubernetesResources
+from jobs.kubernetes import (
+    KubernetesBenchmarkOptions,
+    KubernetesDataPrepOptions,
+    KubernetesOptions,
+    KubernetesResources,
+)
 from jobs.launch import Launch, Place
-from jobs.local import LocalDataPrepOptions
+from jobs.local import LocalBenchmarkOptions, LocalDataPrepOptions
 from jobs.slurm import SlurmBenchmarkOptions, SlurmDataPrepOptions, SlurmOptions, SlurmResources
 from jobs.training import TrainingOptions
-from jobs.work import BenchmarkOptions, DataPrepOptions
+from jobs.work import BenchmarkOptions, DataPrepOptions, work_of
 
 PRINTABLE = st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" ")).filter(str.isprintable)
 EXTRA = st.lists(PRINTABLE.filter(lambda word: word.split("=", 1)[0] not in training.SET_HERE), max_size=4)
@@ -196,6 +201,30 @@ def test_any_printable_word_reaches_data_prep(extra: list[str], out: str, schedu
     )
     arrays = re.findall(r"^ *words=\(\n(.*?)\n *\)$", launched.fill(PLACE), flags=re.S | re.M)
     assert [shlex.split(array) for array in arrays] == [spread, last]
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "local", "kubernetes"])
+def test_a_grid_is_spread_over_tasks_that_share_one_file(scheduler: str) -> None:
+    work = BenchmarkOptions("/launch", tasks=3, gpus=1)
+    extra = ["accuracy", "--seeds", "3", "--output", "/results/accuracy.jsonl"]
+    if scheduler == "kubernetes":
+        options = KubernetesBenchmarkOptions(work, KubernetesResources("image", "claim"))
+        document = yaml.safe_load(kubernetes.plan_work(options, extra, "python -m jobs").fill(PLACE))
+        assert document["spec"]["completions"] == 3
+        found = document["spec"]["template"]["spec"]["containers"][0]["command"][2:]
+    else:
+        launched = (
+            slurm.plan_work(SlurmBenchmarkOptions(work), extra, "python -m jobs")
+            if scheduler == "slurm"
+            else local.plan_work(LocalBenchmarkOptions(work), extra, "python -m jobs")
+        )
+        (array,) = re.findall(r"^ *words=\(\n(.*?)\n *\)$", launched.fill(PLACE), flags=re.S | re.M)
+        found = shlex.split(array)
+    assert found == ["benchmarks", *extra, "--num-tasks", "3"]
+    (call,) = slurm.submissions(work_of(work, extra, "/launch"), Path("/launch/job.sh"))
+    assert call[2] == "--array=0-2"
+    with pytest.raises(ValueError, match="`noise` is one task's work, only `accuracy` is divided"):
+        work_of(work, ["noise"], "/launch")
 
 
 @given(PRINTABLE.filter(str.strip))

@@ -32,7 +32,8 @@ def accuracy(order: str, k: int, correct: int, num_images: int = 400) -> Accurac
     noisy = k > 1
     share = {"manifest": None, "class": 1.0, "shuffled": 0.1}[order]
     noise = "optimal_q" if noisy else "none"
-    return Accuracy(f"{order}_k{k}", noise, order, k, num_images, correct, num_images, share, noisy)
+    counts = num_images, correct, num_images
+    return Accuracy(f"{order}_k{k}", noise, order, k, *counts, share, noisy, 0.5, 0.01, near_ties=())
 
 
 def make_run(folder: Path, config: TrainConfig, classes: int, correct: int) -> None:

@@ -1,0 +1,153 @@
+"""The verdict in words, of made-up numbers for each of its branches."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.audit.rows import NAMES, Row
+from pipeline.audit.verdict import verdict
+
+N = 10_000
+NOISE = "optimal_q at blocks.5 (during eval, all tokens)"
+
+
+def row(protocol: int, k: int, *counts: int, **others) -> Row:
+    noise = NOISE if protocol in (2, 3, 4, 5, 7) else None
+    mates = {3: 1.0, 4: 0.1, 5: 0.0, 6: 1.0}.get(protocol)
+    values = {"noise": noise, "counts": counts, "n": N, "class_mates": mates, "transductive": k > 1} | others
+    return Row(protocol, NAMES[protocol], k, "any", **values)
+
+
+def made(*changed: Row) -> list[Row]:
+    """PAPER.md's small ViT at `blocks.5`, all tokens, k = 10, but for the changed rows."""
+    rows = [
+        row(1, 1, 5943),
+        row(2, 1, 5943, differing=0),
+        row(3, 2, 7000, p=1e-9),
+        row(3, 10, 9639, p=0.0),
+        row(4, 2, 5500, 5510, 5490),
+        row(4, 10, 2823, 2850, 2800),
+        row(5, 2, 5600, p=1e-9),
+        row(5, 10, 2000, p=1e-9),
+        row(6, 2, 7000, p=1e-9),
+        row(6, 10, 9790, p=0.0),
+        row(7, 10, 400, n=500, beside=10, measure="answered_b"),
+        row(9, 1, remark="not run: name the clean twin with --twin"),
+    ]
+    places = {(r.protocol, r.k): r for r in rows}
+    return list((places | {(r.protocol, r.k): r for r in changed}).values())
+
+
+def words(kind: str, rows: list[Row]) -> str:
+    found = {finding.kind: finding.words for finding in verdict(rows)}
+    assert kind in found, f"{kind} is not among {list(found)}"
+    return found[kind]
+
+
+def test_the_headline_is_per_image_and_comes_first():
+    first = verdict(made())[0]
+    assert first.kind == "per image"
+    assert "Per image, noise off, the model has 59.43 % top-1 (5,943 of 10,000; 95 %: 58.46 to 60.39)" in first.words
+
+
+def test_a_gain_in_class_order_is_all_transductive():
+    said = words("all transductive", made())
+    assert "in class order it has 96.39 % at k = 10, its best: +36.96 points" in said
+    assert "All of this gain is transductive, and nothing of it survives for a single picture" in said
+    assert "the other 9 of a group, of which 100.0 % are of the picture's class" in said
+    assert "0 of 10,000 answers are not the plain ones" in said
+
+
+def test_the_best_k_is_the_one_that_is_spoken_of():
+    rows = made(row(3, 2, 9900, p=0.0))
+    assert "99.00 % at k = 2" in words("all transductive", rows)
+    assert "it has 55.00 % over 3 orders" in words("shuffled harms", rows)
+    assert "over the same groups has 70.00 %, less than with the noise" in words("voting does less", rows)
+
+
+@pytest.mark.parametrize(
+    ("counts", "kind", "said"),
+    [
+        ((2823, 2850, 2800), "shuffled harms", "-31.19 points, it harms"),
+        ((5900, 5943, 5990), "shuffled neutral", "not told apart from none"),
+        ((6500, 6510, 6490), "shuffled gains", "+5.57 points, which too come from the other pictures"),
+        ((2823,), "shuffled harms", "in one order"),
+        ((5980,), "shuffled neutral", "+0.37 points"),
+    ],
+)
+def test_what_shuffling_does(counts, kind, said):
+    assert said in words(kind, made(row(4, 10, *counts)))
+
+
+@pytest.mark.parametrize(
+    ("count", "p", "kind"),
+    [
+        (2000, 1e-9, "mixed classes harm"),
+        (5950, 0.6, "mixed classes neutral"),
+        (6200, 1e-4, "mixed classes gain"),
+    ],
+)
+def test_what_other_classes_in_a_group_do(count, p, kind):
+    assert f"{count / 100:.2f} % (0.0 % class mates)" in words(kind, made(row(5, 10, count, p=p)))
+
+
+def test_no_gain_has_nothing_to_divide():
+    rows = made(row(3, 2, 5940, p=0.9), row(3, 10, 5950, p=0.7))
+    assert "+0.07 points, not told apart from none (p = 0.700). There is no gain to divide" in words("no gain", rows)
+
+
+def test_harm_even_in_class_order():
+    rows = made(row(3, 2, 5000, p=1e-9), row(3, 10, 5100, p=1e-9))
+    said = words("harm in class order", rows)
+    assert "51.00 % at k = 10, its best: -8.43 points. Even there it harms" in said
+    assert not any(finding.kind.startswith("voting") for finding in verdict(rows))  # no gain that voting could explain
+
+
+def test_plain_voting_that_does_as_well_needs_no_noise():
+    assert "97.90 %, so the gain needs no noise" in words("voting does it", made())
+
+
+def test_a_picture_among_others():
+    said = words("swayed by mates", made())
+    assert "Among 9 of another class 80.00 % of 500 pictures are answered as that class" in said
+    assert "noise off 2.00 % of the same are" in said
+    rows = made(row(7, 10, 11, n=500, beside=10, measure="answered_b"))
+    assert "2.20 % of 500" in words("not swayed", rows)
+    unasked = made(row(7, 10, n=0, remark="not run: no other class has 9 pictures"))
+    assert not {"swayed by mates", "not swayed"} & {finding.kind for finding in verdict(unasked)}
+
+
+@pytest.mark.parametrize(
+    ("twin", "p", "kind", "said"),
+    [
+        (5700, 1e-5, "twin better", "+2.43 points (p = 1.0e-05): this survives for a single picture"),
+        (5930, 0.71, "twins equal", "+0.13 points, not told apart from none (p = 0.710): no gain is seen to survive"),
+        (6200, 0.004, "twin worse", "-2.57 points (p = 0.004): training with noise cost accuracy"),
+    ],
+)
+def test_what_survives_for_a_single_picture(twin, p, kind, said):
+    rows = made(row(9, 1, twin, p=p))
+    assert said in words(kind, rows)
+    assert f"59.43 % here, {twin / 100:.2f} % for the clean twin" in words(kind, rows)
+    assert verdict(rows)[-1].kind == kind
+
+
+def test_without_a_twin_the_question_stays_open():
+    assert "was not asked: name the clean twin with --twin" in words("no twin", made())
+
+
+def test_a_fault_at_k_1_leaves_no_transductive_figure_standing():
+    found = verdict(made(row(2, 1, 5940, differing=3)))
+    assert [finding.kind for finding in found] == ["per image", "fault", "no twin"]
+    assert found[1].words.startswith("FAULT: optimal_q at blocks.5")
+    assert "3 of 10000 answers differ" in found[1].words
+    assert found[1].words.endswith("No transductive figure here may be used.")
+
+
+def test_each_noise_has_its_own_sentences():
+    other = "circular_shift 0.3 at blocks.1 (during eval, all tokens)"
+    more = [replace(r, noise=other) for r in made(row(3, 2, 5940, p=0.9), row(3, 10, 5950, p=0.7)) if r.noise]
+    kinds = [
+        (f.kind, f.words.split(":")[0]) for f in verdict([*made(), *more]) if f.kind in ("all transductive", "no gain")
+    ]
+    assert kinds == [("all transductive", NOISE), ("no gain", other)]

@@ -1,0 +1,47 @@
+"""Intervals and tests of significance, against scipy's."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipeline.intervals import mcnemar, mean_interval, wilson
+
+
+@pytest.mark.parametrize(
+    ("correct", "of"),
+    [(0, 1), (1, 1), (0, 10), (10, 10), (1, 3), (5943, 10_000), (0, 50_000), (42_265, 50_000), (50_000, 50_000)],
+)
+def test_wilson_is_scipy_s(correct, of):
+    expected = stats.binomtest(correct, of).proportion_ci(0.95, method="wilson")
+    assert wilson(correct, of) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("correct", "of"), [(0, 0), (-1, 5), (6, 5)])
+def test_counts_that_cannot_be_have_no_interval(correct, of):
+    with pytest.raises(ValueError, match=f"{correct} of {of}"):
+        wilson(correct, of)
+
+
+def test_wilson_holds_the_truth_as_often_as_it_says():
+    """Of 4,000 draws of 50 with a share of 0.8 the interval holds 0.8 in about 95 %."""
+    counts = np.random.RandomState(0).binomial(50, 0.8, 4000)
+    held = [low <= 0.8 <= high for low, high in (wilson(int(count), 50) for count in counts)]
+    assert 0.93 < np.mean(held) < 0.97
+
+
+@pytest.mark.parametrize(
+    ("only_one", "only_other"),
+    [(0, 0), (1, 0), (3, 3), (0, 12), (7, 19), (310, 402), (1, 5000), (24_700, 25_300), (25_000, 25_000), (0, 50_000)],
+)
+def test_mcnemar_is_the_exact_binomial_test(only_one, only_other):
+    n = only_one + only_other
+    expected = stats.binomtest(only_one, n).pvalue if n else 1.0
+    assert mcnemar(only_one, only_other) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert mcnemar(only_other, only_one) == mcnemar(only_one, only_other)
+
+
+def test_the_interval_of_a_mean_is_student_s():
+    values = [61.2, 60.1, 63.9, 61.0]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert mean_interval([61.2]) is None
