@@ -7,7 +7,7 @@ Why 40 epochs of this model. A forward pass of one picture is 1.42 GFLOP (65 tok
 2 x 6 x (12 x 384^2 x 65 + 2 x 65^2 x 384), and the patches), a training step three times that, an epoch of 50,000
 213 TFLOP, six cells of 40 epochs 51 PFLOP. At 200 TFLOP/s, a fifth of an H100's peak, which ViT-S at 224 pixels, of the
 same width, should pass (gpu_train.py), that is 256 s. With 15 s for decoding, 30 s for compiling the first of each twin
-and 10 s for the others, and 4 s for each evaluation (7 passes in float32, 0.1 PFLOP at 30 TFLOP/s) it should be 400 s
+and 10 s for the others, and 6 s for each audit (11 passes in float32, 0.16 PFLOP at 30 TFLOP/s) it should be 400 s
 of the 540 that there are.
 """
 
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.cells import Cell, check_minutes, run_cells
-from benchmarks.cifar_audit import audit
+from benchmarks.cifar_audit import audit, places
 from benchmarks.cifar_data import Pictures, read_pictures
 from benchmarks.cifar_summary import CLEAN, NOISY, print_summary, tell_cell
 from benchmarks.cifar_training import AUGMENTATION, MAX_GRADIENT_NORM, OnDevice, Trained, Training, moved, train
@@ -186,8 +186,8 @@ def _measure_cell(
         "part": f"seed {seed}",
         "contestant": twin,
         "seed": seed,
-        "accuracies": found.accuracies,
-        "k1_differing": found.k1_differing,
+        "places": {noise.site: place for place, noise in places(options.depth).items()},
+        "audit": [row.to_json() for row in found],
         "last_epoch_loss": trained.last_loss,
         "first_epoch_seconds": trained.epoch_seconds[0],
         "images_per_second": spread([samples / seconds for seconds in warm])._asdict() if warm else None,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cifar_audit import GROUP, OFFICIAL, PER_IMAGE, RESIDUAL, VOTE, protocol_of
+from benchmarks.cifar_audit import GROUP, OFFICIAL, RESIDUAL
 from benchmarks.harness import print_table
 
 CLEAN, NOISY = "clean", "noisy"
+PER_IMAGE, ALONE, CLASS_ORDER, SHUFFLED, ONE_OF_EACH, VOTE = range(1, 7)  # of pipeline.audit's protocols
 _PLACES = {OFFICIAL: "official place", RESIDUAL: "residual stream, all tokens"}
 
 Rows = Sequence[dict[str, Any]]
@@ -80,24 +81,29 @@ def part(rows: Rows) -> Parting | None:
     partings = [
         Parting(
             place=place,
-            class_mate_share=_accuracy(noisy[0], protocol_of(place, "class"))["class_mate_share"],
+            class_mate_share=_found(noisy[0], CLASS_ORDER, place)["class_mates"],
             clean=_top1(clean, PER_IMAGE),
             alone=_top1(noisy, PER_IMAGE),
-            ordered=_top1(noisy, protocol_of(place, "class")),
-            shuffled=_top1(noisy, protocol_of(place, "shuffled")),
+            ordered=_top1(noisy, CLASS_ORDER, place),
+            shuffled=_top1(noisy, SHUFFLED, place),
         )
         for place in _PLACES
     ]
     return max(partings, key=lambda parting: fmean(parting.ordered))
 
 
-def _accuracy(row: dict[str, Any], protocol: str) -> dict[str, Any]:
-    return next(accuracy for accuracy in row["accuracies"] if accuracy["protocol"] == protocol)
+def _found(row: dict[str, Any], protocol: int, place: str | None = None) -> dict[str, Any]:
+    """One row of the audit, as pipeline.audit's Row has it."""
+    return next(
+        found
+        for found in row["audit"]
+        if found["protocol"] == protocol and (place is None or row["places"][found["site"]] == place)
+    )
 
 
-def _top1(rows: Rows, protocol: str) -> tuple[float, ...]:
+def _top1(rows: Rows, protocol: int, place: str | None = None) -> tuple[float, ...]:
     """Percent, one for each row."""
-    return tuple(100 * _accuracy(row, protocol)["top1"] for row in rows)
+    return tuple(100 * _found(row, protocol, place)["value"] for row in rows)
 
 
 def tell_cell(row: dict[str, Any]) -> None:
@@ -105,10 +111,10 @@ def tell_cell(row: dict[str, Any]) -> None:
 
 
 def _with_interval(row: dict[str, Any]) -> str:
-    accuracy = _accuracy(row, PER_IMAGE)
-    low, high = (100 * end for end in accuracy["interval"])
-    count = f"{accuracy['correct_top1']:,} of {accuracy['num_images']:,}"
-    return f"{100 * accuracy['top1']:.2f} % ({count}; 95 %: {low:.2f} to {high:.2f})"
+    found = _found(row, PER_IMAGE)
+    low, high = (100 * end for end in found["interval"])
+    count = f"{found['counts'][0]:,} of {found['n']:,}"
+    return f"{100 * found['value']:.2f} % ({count}; 95 %: {low:.2f} to {high:.2f})"
 
 
 def print_summary(rows: Rows) -> None:
@@ -124,26 +130,27 @@ def print_summary(rows: Rows) -> None:
 
 def summary_table(rows: Rows) -> tuple[str, list[str], list[list[str]]]:
     """(title, header, a line for each protocol and twin)."""
-    labels = {PER_IMAGE: "per image, noise off"}
+    labels: dict[tuple[int, str | None], str] = {(PER_IMAGE, None): "per image, noise off"}
     for place, text in _PLACES.items():
-        labels[protocol_of(place, "class")] = f"optimal Q, {text}, class order"
-        labels[protocol_of(place, "shuffled")] = f"optimal Q, {text}, shuffled"
-    labels[VOTE] = "no noise, logits averaged, class order"
+        labels[CLASS_ORDER, place] = f"optimal Q, {text}, class order"
+        labels[SHUFFLED, place] = f"optimal Q, {text}, shuffled"
+        labels[ONE_OF_EACH, place] = f"optimal Q, {text}, one of each class"
+    labels[VOTE, None] = "no noise, logits averaged, class order"
     lines = []
-    for protocol, label in labels.items():
+    for (protocol, place), label in labels.items():
         for twin in (CLEAN, NOISY):
             if of_twin := [row for row in rows if row["contestant"] == twin]:
-                lines.append([label, twin, *_cells(of_twin, protocol)])
+                lines.append([label, twin, *_cells(of_twin, protocol, place)])
     noises = ", ".join({row["conditions"]["noise"]: None for row in rows if row["contestant"] == NOISY})
     header = ["evaluated", "twin", "k", "class mates", "seeds", "top-1 %, mean (lowest to highest)"]
     return f"cifar: clean, and trained with {noises or 'noise (not yet)'}", header, lines
 
 
-def _cells(rows: Rows, protocol: str) -> list[str]:
-    top1, first = _top1(rows, protocol), _accuracy(rows[0], protocol)
-    share = first["class_mate_share"]
+def _cells(rows: Rows, protocol: int, place: str | None) -> list[str]:
+    top1, first = _top1(rows, protocol, place), _found(rows[0], protocol, place)
+    share = first["class_mates"]
     return [
-        str(first["group_size"]),
+        str(first["k"]),
         "" if share is None else f"{100 * share:.1f} %",
         str(len(top1)),
         f"{fmean(top1):.2f} ({min(top1):.2f} to {max(top1):.2f})",
@@ -155,8 +162,8 @@ def identity(rows: Rows) -> str:
     wrong = [
         f"{row['part']}, {row['contestant']}, {place}: {count} answers differ"
         for row in rows
-        for place, count in row["k1_differing"].items()
-        if count
+        for place in row["places"].values()
+        if (count := _found(row, ALONE, place)["differing"])
     ]
     if wrong:
         return f"FAULT: k = 1 is not noise off ({'; '.join(wrong)}): do not use the transductive figures"

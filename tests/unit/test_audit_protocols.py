@@ -180,9 +180,8 @@ def test_victims_answered_as_their_mates_are_counted_beside_the_plain_answers(ro
 
 def test_no_class_with_enough_mates_is_said_and_not_run():
     labels = np.array([0] * 6 + [1] * 2)
-    found = run_protocols(
-        Linear(labels, np.eye(2)[labels]), [NOISE], Settings(ks=(4, 8), victims=9), class_order(labels)
-    )
+    settings = Settings(ks=(4, 8), victims=9)
+    found = run_protocols(Linear(labels, np.eye(2)[labels]), [NOISE], settings, class_order(labels))
     assert one(found, 7, 4).n == 2  # the two of class 1 alone have a class of three beside them
     row = one(found, 7, 8)
     assert not row.was_run and row.value is None and row.remark == "not run: no other class has 7 pictures"

@@ -147,7 +147,5 @@ def test_a_fault_at_k_1_leaves_no_transductive_figure_standing():
 def test_each_noise_has_its_own_sentences():
     other = "circular_shift 0.3 at blocks.1 (during eval, all tokens)"
     more = [replace(r, noise=other) for r in made(row(3, 2, 5940, p=0.9), row(3, 10, 5950, p=0.7)) if r.noise]
-    kinds = [
-        (f.kind, f.words.split(":")[0]) for f in verdict([*made(), *more]) if f.kind in ("all transductive", "no gain")
-    ]
-    assert kinds == [("all transductive", NOISE), ("no gain", other)]
+    found = [f for f in verdict([*made(), *more]) if f.kind in ("all transductive", "no gain")]
+    assert [(f.kind, f.words.split(":")[0]) for f in found] == [("all transductive", NOISE), ("no gain", other)]

@@ -10,7 +10,6 @@ import torch
 from bare_environment import CODE, run_bare
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 from small_cifar import CLASSES, TEST, pack, write_folder
 
 from benchmarks import __main__ as command
@@ -24,6 +23,7 @@ from pipeline.flops import forward_flops
 from pipeline.models import create_model
 from pipeline.noise.config import NoiseConfig
 
+PLACES = ("official", "residual")
 SMALL = CifarOptions(epochs=2, width=16, depth=2, batch=16, dtype="float32", compile=False, device="cpu")
 
 
@@ -71,23 +71,19 @@ def test_both_twins_are_trained_and_audited(run, archive):
     noise = "optimal_q at blocks.1.attn (during train, prefix tokens spared, k = 8)"
     assert [row["conditions"]["noise"] for row in rows] == ["none", noise]
     for row in rows:
-        by_name = {accuracy["protocol"]: accuracy for accuracy in row["accuracies"]}
-        assert list(by_name) == [
-            "per_image",
-            "official_class_k10",
-            "official_shuffled_k10",
-            "residual_class_k10",
-            "residual_shuffled_k10",
-            "vote_class_k10",
-        ]
-        for name, accuracy in by_name.items():
-            assert accuracy["num_images"] == len(CLASSES) * TEST
-            assert accuracy["transductive"] == (name != "per_image")
-            assert accuracy["interval"][0] <= accuracy["top1"] <= accuracy["interval"][1]
-        assert by_name["per_image"]["class_mate_share"] is None
-        assert by_name["vote_class_k10"]["class_mate_share"] == by_name["official_class_k10"]["class_mate_share"] == 1
-        assert 0 < by_name["residual_shuffled_k10"]["class_mate_share"] < 0.6
-        assert row["k1_differing"] == {"official": 0, "residual": 0}
+        assert row["places"] == {"blocks.1.attn": "official", "blocks.1": "residual"}
+        found = {(of["protocol"], row["places"].get(of["site"]), of["k"]): of for of in row["audit"]}
+        both = [(protocol, place, k) for protocol, k in ((2, 1), (3, 10), (4, 10), (5, 10)) for place in PLACES]
+        assert {(1, None, 1), (6, None, 10), *both} < found.keys()
+        for (protocol, _, k), of in found.items():
+            assert of["transductive"] == (k > 1)
+            if of["measure"] == "top1" and protocol != 9:
+                assert of["n"] == len(CLASSES) * TEST
+                assert of["interval"][0] <= of["value"] <= of["interval"][1]
+        assert found[1, None, 1]["class_mates"] is None
+        assert found[6, None, 10]["class_mates"] == found[3, "official", 10]["class_mates"] == 1
+        assert 0 < found[4, "residual", 10]["class_mates"] < 0.6
+        assert [found[2, place, 1]["differing"] for place in PLACES] == [0, 0]
         assert str(archive.parent) not in json.dumps(row["conditions"])
     assert rows[0]["last_epoch_loss"] != rows[1]["last_epoch_loss"]
 
@@ -100,7 +96,7 @@ def test_the_summary_has_the_headline_first(run):
         ["per image, noise off", NOISY],
         ["optimal Q, official place, class order", CLEAN],
     ]
-    assert len(lines) == 1 + 2 * 6
+    assert len(lines) == 1 + 2 * 8
     assert rest.startswith(" noise off to the last picture")
     assert f"{cifar_summary.part(read_rows(run[0])).sentence()}\n" in rest
 
@@ -131,7 +127,7 @@ def test_a_run_that_is_cut_goes_on_and_comes_to_the_same(run, folder, tmp_path, 
     assert command.main(words(folder, output)) == 0
     assert "has 1 of 2 cells already (seed 0, clean): these are not measured again" in capsys.readouterr().out
     for whole, pieced in zip(read_rows(run[0]), read_rows(output), strict=True):
-        assert (whole["accuracies"], whole["last_epoch_loss"]) == (pieced["accuracies"], pieced["last_epoch_loss"])
+        assert (whole["audit"], whole["last_epoch_loss"]) == (pieced["audit"], pieced["last_epoch_loss"])
 
 
 def test_bad_sources_and_options_end_with_one_line(archive, folder, tmp_path, capsys):
@@ -210,10 +206,10 @@ def test_the_audit_counts_what_the_model_answers(data, model):
     with torch.no_grad():
         logits = model((x - mean) / std)
     labels = torch.from_numpy(data.tested.labels)
-    by_name = {accuracy["protocol"]: accuracy for accuracy in found.accuracies}
-    assert by_name["per_image"]["correct_top1"] == (logits.argmax(1) == labels).sum()
+    counts = {row.protocol: row.counts for row in found if row.protocol in (1, 6)}
+    assert counts[1] == ((logits.argmax(1) == labels).sum(),)
     votes = logits.view(4, TEST, -1).mean(1).argmax(1)  # the labels are class by class
-    assert by_name["vote_class_k10"]["correct_top1"] == TEST * (votes == torch.arange(4)).sum()
+    assert counts[6] == (TEST * (votes == torch.arange(4)).sum(),)
     assert not model.training
 
 
@@ -230,30 +226,14 @@ def test_groups_are_of_the_order_that_is_asked_for(data, model):
     assert not torch.allclose(mixed, plain, atol=1e-2)
 
 
-def test_a_k_of_1_that_is_no_identity_is_noticed(data, model, run, monkeypatch, capsys):
-    fault = NoiseConfig("gaussian", 50.0, site="blocks.1", during="eval")
-    monkeypatch.setattr(cifar_audit, "replace", lambda noise, **k: fault if "group_size" in k else replace(noise, **k))
-    differing = cifar_audit.audit(model, data.tested, SMALL.depth, shuffle_seed=0).k1_differing
-    assert differing["residual"] > 0
-    rows = [row | {"k1_differing": differing} for row in read_rows(run[0])]
+def test_a_k_of_1_that_is_no_identity_is_noticed(run, capsys):
+    rows = read_rows(run[0])
+    wrong = next(of for of in rows[0]["audit"] if of["protocol"] == 2 and of["site"] == "blocks.1")
+    wrong["differing"] = 3
     cifar_summary.print_summary(rows)
     text = capsys.readouterr().out
-    assert "FAULT: k = 1 is not noise off (seed 0, clean, " in text and "do not use" in text
+    assert "FAULT: k = 1 is not noise off (seed 0, clean, residual: 3 answers differ): do not use" in text
     assert "equals noise off" not in text
-
-
-def test_voting_averages_each_group():
-    logits = torch.arange(24.0).view(12, 2)
-    order = np.array([11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0])
-    found = cifar_audit.averaged(logits, order)
-    assert torch.equal(found[2:], logits[2:].mean(0).expand(10, 2))
-    assert torch.equal(found[:2], logits[:2].mean(0).expand(2, 2))
-
-
-@pytest.mark.parametrize(("correct", "of"), [(0, 10), (10, 10), (5943, 10_000), (1, 3)])
-def test_intervals_are_wilsons(correct, of):
-    expected = binomtest(correct, of).proportion_ci(0.95, method="wilson")
-    assert cifar_audit.wilson(correct, of) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def parting(clean, alone, ordered, shuffled=(0.0, 0.0, 0.0), place="residual") -> Parting:
@@ -303,13 +283,12 @@ def test_the_sentence_follows_from_the_figures(of, parts, absent):
 
 
 def row(seed: int, twin: str, per_image: int, official: int, residual: int) -> dict:
-    counts = {"per_image": per_image, "official_class_k10": official, "residual_class_k10": residual}
-    counts |= {"official_shuffled_k10": 1, "residual_shuffled_k10": 2, "vote_class_k10": 3}
-    accuracies = [
-        {"protocol": name, "top1": count / 100, "class_mate_share": None if name == "per_image" else 0.9}
-        for name, count in counts.items()
+    counts = {(1, None): per_image, (3, "a"): official, (3, "b"): residual, (4, "a"): 1, (4, "b"): 2, (6, None): 3}
+    audit = [
+        {"protocol": protocol, "site": site, "value": count / 100, "class_mates": None if protocol == 1 else 0.9}
+        for (protocol, site), count in counts.items()
     ]
-    return {"seed": seed, "contestant": twin, "accuracies": accuracies}
+    return {"seed": seed, "contestant": twin, "audit": audit, "places": {"a": "official", "b": "residual"}}
 
 
 def test_parts_are_of_the_place_that_gains_most_and_of_seeds_with_both_twins():

@@ -258,19 +258,18 @@ def memory_rows() -> list[str]:
 def cifar_rows() -> list[str]:
     names = ("epochs", "batch", "width", "depth", "patch")
     shared = dict.fromkeys(names, 8) | {"dtype": "float32", "device": "cpu"}
-    protocols = [("per_image", 1, 70), ("vote_class_k10", 10, 90)]
-    places = [f"{place}_{order}_k10" for place in ("official", "residual") for order in ("class", "shuffled")]
-    protocols += [(place, 10, 80) for place in places]
+    sites = {"blocks.7.attn": "official", "blocks.7": "residual"}
+    protocols = [(1, None, 1, 70), (6, None, 10, 90)]
+    protocols += [(protocol, site, 1 if protocol == 2 else 10, 80) for site in sites for protocol in (2, 3, 4, 5)]
     rows = []
     for twin, noise in (("clean", "none"), ("noisy", "optimal_q")):
-        accuracies = [
-            {"protocol": p, "group_size": k, "num_images": 100, "correct_top1": c, "top1": c / 100, "interval": [0, 1]}
-            | {"class_mate_share": 1.0 if k > 1 else None}
-            for p, k, c in protocols
+        audit = [
+            {"protocol": p, "site": site, "k": k, "n": 100, "counts": [c], "value": c / 100, "interval": [0, 1]}
+            | {"class_mates": 1.0 if k > 1 else None, "differing": 0}
+            for p, site, k, c in protocols
         ]
-        own = {"question": "cifar", "part": "seed 0", "contestant": twin, "seed": 0, "accuracies": accuracies}
-        kept = circumstances(**shared, seed=0, noise=noise)
-        rows.append(json.dumps(own | {"k1_differing": {"official": 0, "residual": 0}} | kept))
+        own = {"question": "cifar", "part": "seed 0", "contestant": twin, "seed": 0, "audit": audit, "places": sites}
+        rows.append(json.dumps(own | circumstances(**shared, seed=0, noise=noise)))
     return rows
 
 

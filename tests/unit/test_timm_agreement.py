@@ -25,7 +25,7 @@ from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks
 
 # By the one pictures are resized with a bicubic filter, by the other with a bilinear one; each has its own crop share.
-RIDGE = 0.03
+RIDGE = 1.0
 MODELS = {"vit_tiny_patch16_224": {"depth": 2}, "test_resnet": {}}
 
 
@@ -99,7 +99,7 @@ def test_timm_s_validation_answers_the_same_to_each_picture(name, manifest, imag
     injector = NoiseInjector(model, NoiseConfig(), 224, seed=0)
     own = Evaluator(model, injector, reader, batch=37, workers=1).alone(Ranks(0, 1, launched=False))
     assert (100 * own.top1 / 250, 100 * own.top5 / 250) == pytest.approx((top1, top5), abs=1e-4)
-    assert 25 < own.top1 < own.top5 < 225, "neither none nor all: else the agreement says little"
+    assert 25 < own.top1 < own.top5 < 250, "neither none nor all: else the agreement says little"
 
     # Shards are in an order of their own; there is one picture of each class.
     assert sorted(own.labels) == list(range(250)) and len(set(names)) == 250
