@@ -1,4 +1,4 @@
-"""python -m benchmarks loader | noise | draws | train | scaling | goodput | cifar | accuracy | shards | report"""
+"""python -m benchmarks loader | noise | draws | train | scaling | goodput | cifar | accuracy | audit | shards | report"""
 
 from __future__ import annotations
 

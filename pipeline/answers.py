@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How far two sums of the same float32 products may lie apart in another batch or order, relative to the largest logit.
-# 2^-24 a rounding, and a few hundred of them on the way: measured differences stay below a tenth of this.
+# How far the margin of the first two logits moves with the batch, the order or the threads in float32, relative to the
+# largest logit: measured, not proven. On a CPU, in batches of 1 to 300, ViTs (6 blocks at 32 pixels, Tiny and Small at
+# 224) and ResNets (10, 18 and 50) of random weights moved by 2^-19.6 at most. The worst found is a ResNet-10 whose head
+# was fitted to nearly equal features, so that large terms cancel: 2^-14.4. 16-bit arithmetic and TF32 keep no bound.
 ROUNDING = 2.0**-13
 CALIBRATION_BINS = 15  # of equal width, as Guo et al. 2017
 

@@ -18,7 +18,7 @@ from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks, join_ranks, snapshot_environment
 from pipeline.sections import to_json
-from pipeline.trained import Checkpoint, load_model, open_checkpoint, require_classes, run_folder
+from pipeline.trained import Checkpoint, class_difference, load_model, open_checkpoint, require_classes, run_folder
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,11 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     """Under torchrun each rank takes its share, and rank 0 writes. Errors: ValueError, OSError naming the mend."""
     checkpoint = open_checkpoint(config.checkpoint)
     other = None if config.against is None else open_checkpoint(config.against)
-    if other is not None:
-        require_classes(str(config.against), other.classes, checkpoint)
+    if other is not None and (difference := class_difference(other.classes, checkpoint.classes)):
+        raise ValueError(
+            f"against {config.against}: its classes are not those of {checkpoint.folder}: {difference}; name "
+            "a checkpoint that was trained for the same classes"
+        )
     device = join_ranks(ranks)
     own = checkpoint.noise if checkpoint.noise.active(training=False) else NoiseConfig()
     noise = replace(own if config.noise.kind == "none" else config.noise, during="eval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,17 +69,24 @@ def load_model(checkpoint: Checkpoint, ema: bool = False) -> nn.Module:
 def require_classes(data: str, classes: tuple[str, ...], checkpoint: Checkpoint) -> None:
     """Errors: ValueError where the classes of `data` are not the checkpoint's, naming the first that differ."""
     if len(classes) < 2:
+        found = f"one class, {classes[0]!r}" if classes else "no class"
         raise ValueError(
-            f"{data} has one class, {classes[0]!r}: pictures without labels have no accuracy; shard a folder that "
+            f"{data} has {found}: pictures without labels have no accuracy; shard a folder that "
             "holds one folder for each of the checkpoint's classes"
         )
-    known = checkpoint.classes
-    differing = [i for i, (own, other) in enumerate(zip(classes, known, strict=False)) if own != other]
-    if differing or len(classes) != len(known):
-        first = differing[0] if differing else min(len(classes), len(known))
-        own, other = (repr(names[first]) if first < len(names) else "none" for names in (classes, known))
+    if difference := class_difference(classes, checkpoint.classes):
         raise ValueError(
-            f"{data} has {len(classes)} classes, {checkpoint.folder} was trained on {len(known)}; the first that "
-            f"differ are number {first}, {own} and {other}: use the data it was trained for, or shards of folders "
-            "with the same names"
+            f"{data} has not the classes that {checkpoint.folder} was trained on: {difference}; use the data it was "
+            "trained for, or shards of folders with the same names"
         )
+
+
+def class_difference(own: tuple[str, ...], other: tuple[str, ...]) -> str:
+    """How many there are of each, and the first that differ; empty where they are the same."""
+    for number, (here, there) in enumerate(itertools.zip_longest(own, other)):
+        if here != there:
+            first, second = ("none" if name is None else repr(name) for name in (here, there))
+            return (
+                f"{len(own)} here, {len(other)} there, the first that differ are number {number}, {first} and {second}"
+            )
+    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from benchmarks.harness import Spread
 from benchmarks.report.markdown import table
@@ -111,7 +112,59 @@ def train_figures(results: Sequence[Result], latest: bool) -> str:
     return f"{_filled(intro)}\n\n{table(['', 'ratio'], lines, [False, False])}"
 
 
-BLOCKS: dict[str, Callable[[Sequence[Result], bool], str]] = {"loader": loader_figures, "train": train_figures}
+def accuracy_figures(results: Sequence[Result], latest: bool) -> str:
+    """A column for each model: what a picture gets on its own, and what the others of its group make of it."""
+    from benchmarks.accuracy_summary import lines_of, shown  # with it comes torch
+
+    found = chosen(results, "accuracy", latest).chosen
+    rows = [result.row for result in found]
+    models = list(dict.fromkeys(row["part"] for row in rows))
+    lines = {(line.model, line.noise, line.site, line.acts): line for line in lines_of(rows)}
+    k, pictures, epochs = (found[0].condition(name) for name in ("group_eval", "pictures", "epochs"))
+    mates = {order: _mates(rows, order) for order in ("class", "shuffled")}
+
+    def cells(noise: str, site: str, acts: str, figure: str) -> list[str]:
+        own = [lines.get((model, noise, site, acts)) for model in models]
+        return [shown(getattr(line, figure)) if line else "" for line in own]
+
+    table_lines = [["**per image, noise off**", "", *(f"**{cell}**" for cell in cells("none", "", "", "per_image"))]]
+    trained = dict.fromkeys(line.noise for line in lines.values() if (line.site, line.acts) == ("last", "training"))
+    table_lines += [
+        [f"per image, noise off; trained with {noise}", "", *cells(noise, "last", "training", "per_image")]
+        for noise in trained
+    ]
+    for site, where in (("last", "at the official place"), ("residual", "into the last block, all tokens")):
+        for order, words in (("class", "class order"), ("shuffled", "shuffled")):
+            figure = "class_order" if order == "class" else "shuffled"
+            name = f"optimal Q {where}, {words}"
+            table_lines.append([name, mates[order], *cells("optimal q", site, "inference", figure)])
+    voting = cells("none, logits averaged", "", "inference", "class_order")
+    table_lines.append(["no noise, logits averaged, class order", mates["class"], *voting])
+    intro = (
+        f"Measured (`python -m benchmarks accuracy`): {_short(models)}; {pictures}; {epochs} epochs; k = {k}; "
+        f"{len({row['seed'] for row in rows})} seeds, mean and 95 % interval in percent:"
+    )
+    header = ["", "class mates in the group", *(model.partition(":")[0] for model in models)]
+    return f"{_filled(intro)}\n\n{table(header, table_lines, [False] * len(header))}"
+
+
+def _mates(rows: Sequence[dict[str, Any]], order: str) -> str:
+    shares = [one["class_mates"] for row in rows for one in row["found"] if one["order"] == order]
+    return f"{100 * sum(shares) / len(shares):.1f} %"
+
+
+def _short(models: Sequence[str]) -> str:
+    parts = [model.partition(":") for model in models]
+    return " and ".join(
+        f"`{name}`" + (f" ({', '.join(options.split(','))})" if options else "") for name, _, options in parts
+    )
+
+
+BLOCKS: dict[str, Callable[[Sequence[Result], bool], str]] = {
+    "accuracy": accuracy_figures,
+    "loader": loader_figures,
+    "train": train_figures,
+}
 
 
 def _by_name(results: Sequence[Result], part: str) -> dict[str, Result]:

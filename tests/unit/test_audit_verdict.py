@@ -54,7 +54,7 @@ def test_a_gain_in_class_order_is_all_transductive():
     said = words("all transductive", made())
     assert "in class order it has 96.39 % at k = 10, its best: +36.96 points" in said
     assert "All of this gain is transductive, and nothing of it survives for a single picture" in said
-    assert "the other 9 of a group, of which 100.0 % are of the picture's class" in said
+    assert "the rest of a group of 10, of which 100.0 % are of the picture's class" in said
     assert "0 of 10,000 answers are not the plain ones" in said
 
 
@@ -109,7 +109,7 @@ def test_plain_voting_that_does_as_well_needs_no_noise():
 
 def test_a_picture_among_others():
     said = words("swayed by mates", made())
-    assert "Among 9 of another class 80.00 % of 500 pictures are answered as that class" in said
+    assert "In a group of 10, the rest of one other class, 80.00 % of 500 pictures are answered as that class" in said
     assert "noise off 2.00 % of the same are" in said
     rows = made(row(7, 10, 11, n=500, beside=10, measure="answered_b"))
     assert "2.20 % of 500" in words("not swayed", rows)

@@ -258,6 +258,15 @@ def test_in_16_bits_no_rounding_bound_is_claimed():
     assert evaluator(Pictures(), half_dtype=torch.bfloat16).per_image(ALONE).near_ties is None
 
 
+def test_float32_is_whole_during_a_pass_alone():
+    """cuDNN's TF32 would answer otherwise in another batch; in 16 bits it is left as it was."""
+    for half_dtype, allowed in ((None, False), (torch.bfloat16, True)):
+        own, seen = evaluator(Pictures(), half_dtype=half_dtype), []
+        own.model.register_forward_hook(lambda *_, seen=seen: seen.append(torch.backends.cudnn.allow_tf32))
+        own.per_image(ALONE)
+        assert set(seen) == {allowed} and torch.backends.cudnn.allow_tf32
+
+
 def test_a_split_of_some_classes_is_answered_among_these_alone():
     """As ImageNet-R: a model of six classes on pictures of three, in another order."""
     whole, some = Pictures(), Pictures()
