@@ -1,4 +1,7 @@
-"""python -m benchmarks loader | noise | draws | train | scaling | goodput | cifar | accuracy | audit | shards | report"""
+"""python -m benchmarks QUESTION
+
+loader | noise | draws | train | scaling | goodput | cifar | accuracy | audit | shards | report
+"""
 
 from __future__ import annotations
 

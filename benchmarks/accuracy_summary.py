@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.accuracy_grid import Model
 from benchmarks.harness import print_table
-from pipeline.intervals import Interval, mean_interval
+from pipeline.intervals import mean_interval
 from pipeline.published import published_top1
 
 HEADER = (
@@ -31,8 +31,8 @@ WHAT_IT_SHOWS = (
     "Class order and shuffled are transductive: a picture's answer hangs on the others of its group.",
     "95 % intervals are Student's, over seeds; differences are formed seed by seed, of twins that share initial "
     "weights, order, crops and flips.",
-    "Published: the paper's figure on ImageNet for the noise, of the model named or the smallest of its family; "
-    "secondary text, not checked against the paper's tables.",
+    "Published: the paper's figure on ImageNet for the noise at its own place and by its own protocol, of the model "
+    "named, to which this one is the nearest; from secondary text, not checked against the paper's tables.",
 )
 
 Rows = Sequence[dict[str, Any]]
@@ -68,15 +68,15 @@ class Line:
 
 
 def shown(values: Sequence[float], sign: str = "") -> str:
-    """Mean and 95 % interval; nothing for none."""
+    """Mean and 95 % interval in percent; nothing for none. sign: `+` for differences."""
     if not values:
         return ""
     interval = mean_interval(values)
-    return f"{fmean(values):{sign}.2f}" + ("" if interval is None else f" ({_between(interval, sign)})")
-
-
-def _between(interval: Interval, sign: str) -> str:
-    return f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}"
+    if interval is None:
+        return f"{fmean(values):{sign}.2f}"
+    # A share has ends that Student's t knows nothing of; a difference has none.
+    low, high = interval if sign else (max(0.0, interval.low), min(100.0, interval.high))
+    return f"{fmean(values):{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
 
 
 def lines_of(rows: Rows) -> list[Line]:
@@ -109,7 +109,7 @@ def _trained_lines(model: str, rows: Rows, clean: dict[int, dict[str, Any]]) -> 
             point["site"],
             "training",
             off,
-            _differences(own, off, clean),
+            _differences(own, clean, "off", None),
             (),
             (),
             _published(model, point["kind"]),
@@ -121,10 +121,10 @@ def _trained_lines(model: str, rows: Rows, clean: dict[int, dict[str, Any]]) -> 
             point["site"],
             "both",
             alone,
-            _differences(own, alone, clean) if alone else (),
+            _differences(own, clean, "both", point),
             _percent(own, "both", point, "class"),
             _percent(own, "both", point, "shuffled"),
-            _published(model, point["kind"]),
+            "",
         )
 
 
@@ -139,10 +139,10 @@ def _asked_lines(model: str, rows: Rows) -> Iterator[Line]:
             point["site"],
             "inference",
             alone,
-            _differences(rows, alone, {row["seed"]: row for row in rows}) if alone else (),
+            _differences(rows, {row["seed"]: row for row in rows}, "eval", point),
             _percent(rows, "eval", point, "class"),
             _percent(rows, "eval", point, "shuffled"),
-            _published(model, point["kind"]),
+            "",
         )
 
 
@@ -156,12 +156,15 @@ def _percent(rows: Rows, during: str, point: dict[str, Any] | None, order: str |
     )
 
 
-def _differences(rows: Rows, percent: Sequence[float], clean: dict[int, dict[str, Any]]) -> tuple[float, ...]:
-    """To the clean twin's of the same seed, where that has been trained."""
+def _differences(
+    rows: Rows, clean: dict[int, dict[str, Any]], during: str, point: dict[str, Any] | None
+) -> tuple[float, ...]:
+    """Per image, to the clean twin of the same seed, where both were asked."""
     return tuple(
         own - _percent([clean[row["seed"]]], "off", None)[0]
-        for row, own in zip(rows, percent, strict=True)
+        for row in rows
         if row["seed"] in clean
+        for own in _percent([row], during, point, "any")
     )
 
 

@@ -156,6 +156,7 @@ def _conditions(options: CifarOptions, pictures: Pictures, device: torch.device)
         "classes": list(pictures.classes),
         "device": device.type,
         "model": options.model.name,
+        "noisy_twin": options.noise_of(NOISY).describe(),
         "optimizer": f"AdamW of pipeline.optim, gradients clipped to norm {MAX_GRADIENT_NORM:g}",
         "label_smoothing": SMOOTHING,
         "augmentation": AUGMENTATION,

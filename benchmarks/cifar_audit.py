@@ -19,6 +19,7 @@ from pipeline.data.order import class_order, evaluation_batches
 from pipeline.models import Preprocess
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
+from pipeline.precision import whole_float32
 
 GROUP = 10  # the published protocol's batch
 BATCH = 1000
@@ -79,10 +80,11 @@ def ordered_logits(model: nn.Module, noise: NoiseConfig, tested: Tested, order: 
     preprocess = Preprocess(model, device, injector)
     answers = []
     try:
-        for batch in evaluation_batches(order, BATCH, noise.group_size or 1, rank=0, world_size=1):
-            ids = torch.from_numpy(batch).to(device)
-            injector.set_batch(ids, epoch=0)
-            answers.append(model(preprocess(tested.images[ids])).float())
+        with whole_float32():
+            for batch in evaluation_batches(order, BATCH, noise.group_size or 1, rank=0, world_size=1):
+                ids = torch.from_numpy(batch).to(device)
+                injector.set_batch(ids, epoch=0)
+                answers.append(model(preprocess(tested.images[ids])).float())
     finally:
         injector.remove()
     logits = torch.cat(answers)

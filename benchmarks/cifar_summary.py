@@ -137,10 +137,10 @@ def summary_table(rows: Rows) -> tuple[str, list[str], list[list[str]]]:
         labels[ONE_OF_EACH, place] = f"optimal Q, {text}, one of each class"
     labels[VOTE, None] = "no noise, logits averaged, class order"
     lines = []
-    for (protocol, place), label in labels.items():
+    for (protocol, where), label in labels.items():
         for twin in (CLEAN, NOISY):
             if of_twin := [row for row in rows if row["contestant"] == twin]:
-                lines.append([label, twin, *_cells(of_twin, protocol, place)])
+                lines.append([label, twin, *_cells(of_twin, protocol, where)])
     noises = ", ".join({row["conditions"]["noise"]: None for row in rows if row["contestant"] == NOISY})
     header = ["evaluated", "twin", "k", "class mates", "seeds", "top-1 %, mean (lowest to highest)"]
     return f"cifar: clean, and trained with {noises or 'noise (not yet)'}", header, lines

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.accuracy import Accuracy, Comparison, compare
+from pipeline.accuracy import Accuracy, Comparison, Order, compare
 from pipeline.answers import ROUNDING, Answers
 from pipeline.checkpoint import EMA_NAME, WEIGHTS_NAME, recorded_sha256, write_json
 from pipeline.data.cache import CacheConfig
-from pipeline.data.loader import open_split
+from pipeline.data.loader import load_manifest, open_split
 from pipeline.evaluator import Evaluator
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
@@ -32,18 +32,18 @@ class EvaluateConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """Noise at inference, whatever its `during`. Without one, the noise that the checkpoint has during evaluation."""
     orders: tuple[Literal["class", "shuffled"], ...] = ("class", "shuffled")
-    """Orders in which the noise protocol is run."""
+    """Orders in which a noise that mixes pictures is run. Another has the same answers in any, and is run once."""
     shuffle_seed: int = 0
     ema: bool = False
-    """Evaluate the averaged weights (optim.ema_decay) instead of the last ones."""
+    """Evaluate the averaged weights (optim.ema_decay) instead of the last ones, those of `against` too."""
     against: Path | None = None
-    """Another run folder or checkpoint: its last weights answer the same pictures, and McNemar's exact test compares
-    the two per image."""
+    """Another run folder or checkpoint: it answers the same pictures, with its last weights or, by `ema`, its averaged
+    ones, and McNemar's exact test compares the two per image."""
     format: Literal["wds", "ffcv"] = "wds"
     batch: int = 250
     workers: int = 2
     output: Path | None = None
-    """Where the JSON result goes; by default into the run folder, named after the noise."""
+    """The JSON file of the result; by default in the run folder, named after step, split, weights, noise, `against`."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """For data in a store, on this machine; the checkpoint's was the training machine's."""
 
@@ -52,6 +52,8 @@ class EvaluateConfig:
             raise ValueError(f"batch is {self.batch}: at least 1")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}: at least 0")
+        if self.shuffle_seed < 0:
+            raise ValueError(f"shuffle_seed is {self.shuffle_seed}: at least 0")
 
 
 @dataclass(frozen=True)
@@ -77,47 +79,51 @@ class Evaluation:
     """What was found of one checkpoint on one split."""
 
     accuracies: list[Accuracy]
-    """Per image first, then the noise in each order."""
+    """Per image first, then the noise: in each order where it mixes pictures, else once, in the manifest's."""
     classes: tuple[ClassCount, ...]
     against: Against | None
+    output: Path
+    """The JSON file that it is written to."""
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     """Under torchrun each rank takes its share, and rank 0 writes. Errors: ValueError, OSError naming the mend."""
     checkpoint = open_checkpoint(config.checkpoint)
     other = None if config.against is None else open_checkpoint(config.against)
-    if other is not None and (difference := class_difference(other.classes, checkpoint.classes)):
+    if other is not None and (difference := class_difference(checkpoint.classes, other.classes)):
         raise ValueError(
-            f"against {config.against}: its classes are not those of {checkpoint.folder}: {difference}; name "
-            "a checkpoint that was trained for the same classes"
+            f"{checkpoint.folder} and --against {config.against} know different classes: {difference}; name a "
+            "checkpoint that was trained for the same classes"
         )
-    device = join_ranks(ranks)
     own = checkpoint.noise if checkpoint.noise.active(training=False) else NoiseConfig()
     noise = replace(own if config.noise.kind == "none" else config.noise, during="eval")
-    evaluator = _evaluator(config, checkpoint, noise, config.ema, device)
-    other_evaluator = None if other is None else _evaluator(config, other, NoiseConfig(), False, device)
+    output = config.output or run_folder(checkpoint) / _default_name(config, checkpoint, noise, other)
+    if ranks.rank == 0:  # before the pass, which may take hours
+        _make_room(output)
+    device = join_ranks(ranks)
+    evaluator = _evaluator(config, checkpoint, noise, device)
+    other_evaluator = None if other is None else _evaluator(config, other, NoiseConfig(), device)
     alone = evaluator.alone(ranks)
     accuracies = [evaluator.count(alone, "per_image")]
     if noise.kind != "none":
-        accuracies += [evaluator.with_noise(order, config.shuffle_seed, ranks) for order in config.orders]
+        orders: tuple[Order, ...] = config.orders if noise.mixes_samples else ("manifest",)
+        accuracies += [evaluator.with_noise(order, config.shuffle_seed, ranks) for order in orders]
     against = None
     if other is not None and other_evaluator is not None:
         answers = other_evaluator.alone(ranks)
         against = Against(other.folder, other_evaluator.count(answers, "per_image"), compare(alone, answers))
-    found = Evaluation(accuracies, _by_class(alone, checkpoint.classes), against)
+    found = Evaluation(accuracies, _by_class(alone, checkpoint.classes), against, output)
     if ranks.rank == 0:
-        write_json(_output(config, checkpoint), _report(config, checkpoint, found))
+        write_json(output, _report(config, checkpoint, found))
     return found
 
 
-def _evaluator(
-    config: EvaluateConfig, checkpoint: Checkpoint, noise: NoiseConfig, ema: bool, device: torch.device
-) -> Evaluator:
+def _evaluator(config: EvaluateConfig, checkpoint: Checkpoint, noise: NoiseConfig, device: torch.device) -> Evaluator:
     """A checkpoint on the split, by its own preprocessing. Errors: ValueError where the classes are not its own."""
     data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
     reader = open_split(config.data, data, checkpoint.augment.for_evaluation(), checkpoint.seed)
     require_classes(config.data, reader.classes, checkpoint)
-    model = load_model(checkpoint, ema)
+    model = load_model(checkpoint, config.ema)
     injector = NoiseInjector(model, noise, data.image_size, checkpoint.seed)
     return Evaluator(model.to(device), injector, reader, config.batch, config.workers)
 
@@ -127,21 +133,48 @@ def _by_class(answers: Answers, classes: tuple[str, ...]) -> tuple[ClassCount, .
     return tuple(map(ClassCount, classes, right.tolist(), seen.tolist()))
 
 
-def _output(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:
-    if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        return config.output
-    run = run_folder(checkpoint)
-    name = "per_image" if config.noise.kind == "none" else f"{config.noise.kind}_{config.noise.site_label}"
-    return run / f"evaluate_{name}.json"
+def _default_name(config: EvaluateConfig, checkpoint: Checkpoint, noise: NoiseConfig, other: Checkpoint | None) -> str:
+    """Of all that makes it another result, so that none is written over another: `evaluate_step12_val_ema.json`."""
+    parts = [f"step{checkpoint.step}", load_manifest(config.data, config.cache).split]
+    if config.ema:
+        parts.append("ema")
+    if noise.kind != "none":
+        parts += _noise_parts(config, noise)
+    if other is not None:
+        parts.append(f"against-{run_folder(other).name}-step{other.step}")
+    return f"evaluate_{'_'.join(parts)}.json"
+
+
+def _noise_parts(config: EvaluateConfig, noise: NoiseConfig) -> list[str]:
+    parts = [noise.kind, noise.site_label]
+    if noise.strength is not None:
+        parts.append(f"{noise.strength_at(1):g}")
+    if noise.pick == "random_one":
+        parts.append("random-one")
+    if not noise.spare_prefix_tokens:
+        parts.append("all-tokens")
+    if noise.mixes_samples:
+        parts.append(f"k{noise.group_size or config.batch}")
+        if config.shuffle_seed:
+            parts.append(f"seed{config.shuffle_seed}")
+    return parts
+
+
+def _make_room(output: Path) -> None:
+    """Its folder. Errors: ValueError where no file can be written there."""
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: name a file in it, such as {output / 'evaluate.json'}")
+    if blocked := next((p for p in output.parents if p.exists() and not p.is_dir()), None):
+        raise ValueError(f"--output {output}: {blocked} is a file, no folder: name a file in a folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _report(config: EvaluateConfig, checkpoint: Checkpoint, found: Evaluation) -> dict[str, Any]:
-    against = found.against
+    against, weights = found.against, EMA_NAME if config.ema else WEIGHTS_NAME
     return {
         "checkpoint": str(checkpoint.folder),
         "step": checkpoint.step,
-        "weights_sha256": recorded_sha256(checkpoint.folder, EMA_NAME if config.ema else WEIGHTS_NAME),
+        "weights_sha256": recorded_sha256(checkpoint.folder, weights),
         "config": to_json(config),
         "accuracies": [accuracy.to_json() for accuracy in found.accuracies],
         "near_tie_bound": ROUNDING,
@@ -149,7 +182,7 @@ def _report(config: EvaluateConfig, checkpoint: Checkpoint, found: Evaluation) -
         "against": against
         and {
             "checkpoint": str(against.folder),
-            "weights_sha256": recorded_sha256(against.folder, WEIGHTS_NAME),
+            "weights_sha256": recorded_sha256(against.folder, weights),
             "accuracy": against.accuracy.to_json(),
             "comparison": against.comparison.to_json(),
         },

@@ -22,7 +22,7 @@ def print_evaluation(found: Evaluation) -> None:
     if found.against is not None:
         rows.append(found.against.accuracy)
     names = [_protocol(accuracy) for accuracy in found.accuracies] + ["other checkpoint\nnoise off"]
-    print_accuracies(list(zip(names, rows, strict=False)))
+    print_accuracies(list(zip(names, rows, strict=False)), len(found.classes))
     if found.accuracies[-1].noise != "none":
         print(f"Noise at inference: {found.accuracies[-1].noise}.")
     if any(accuracy.transductive for accuracy in found.accuracies):
@@ -35,19 +35,26 @@ def print_evaluation(found: Evaluation) -> None:
     print(_ends(found.classes))
     if found.against is not None:
         print(_comparison(found.against))
+    print(f"Written: {found.output}")
 
 
 def _protocol(accuracy: Accuracy) -> str:
     """In short lines: the table has to fit into 80 columns."""
     lines = ["transductive" if accuracy.transductive else "per image"]
-    lines.append("noise off" if accuracy.noise == "none" else f"{accuracy.order}, k = {accuracy.group_size}")
+    if accuracy.noise == "none":
+        lines.append("noise off")
+    else:
+        lines.append("any order" if accuracy.order == "manifest" else f"{accuracy.order}, k = {accuracy.group_size}")
     if accuracy.class_mate_share is not None:
         lines.append(f"{100 * accuracy.class_mate_share:.1f} % mates")
     return "\n".join(lines)
 
 
-def print_accuracies(rows: list[tuple[str, Accuracy]]) -> None:
-    """Each under its name; below each percentage its 95 % interval and the count that it is of."""
+def print_accuracies(rows: list[tuple[str, Accuracy]], num_classes: int) -> None:
+    """Each under its name; below each percentage its 95 % interval and the count that it is of.
+
+    Five classes or fewer are all in the top-5, which then stays blank.
+    """
 
     def percent(share: float, interval: Interval, correct: int) -> str:
         low, high = interval
@@ -58,7 +65,7 @@ def print_accuracies(rows: list[tuple[str, Accuracy]]) -> None:
         table.add_row(
             name,
             percent(accuracy.top1, accuracy.top1_interval, accuracy.correct_top1),
-            percent(accuracy.top5, accuracy.top5_interval, accuracy.correct_top5),
+            percent(accuracy.top5, accuracy.top5_interval, accuracy.correct_top5) if num_classes > 5 else "",
             f"{accuracy.mean_loss:.4f}",
             f"{100 * accuracy.calibration_error:.2f}",
             f"{accuracy.num_images:,}",
@@ -90,8 +97,8 @@ def _ends(classes: tuple[ClassCount, ...]) -> str:
 
 
 def _comparison(against: Against) -> str:
-    only_one, only_other = against.comparison.only_one, against.comparison.only_other
+    found = against.comparison
     return (
-        f"Right here alone {only_one:,}, right by {against.folder} alone {only_other:,}: were both equally good, "
-        f"they would differ so far or farther with probability {against.comparison.p_value:.3g} (McNemar's exact test)."
+        f"{found.only_one:,} pictures only here right, {found.only_other:,} only there ({against.folder}); "
+        f"p = {found.p_value:.2g} (McNemar, exact)."
     )

@@ -6,7 +6,6 @@ pictures. What does change with them (a noise that mixes samples) is called tran
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -22,6 +21,7 @@ from pipeline.data.order import class_mate_share, class_order, shuffled_order
 from pipeline.models import Preprocess
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks
+from pipeline.precision import whole_float32
 
 
 class Interrupted(Exception):
@@ -72,9 +72,11 @@ class Evaluator:
             return self.answers(np.arange(len(self.reader)), 1, ranks, still_wanted)
 
     def with_noise(self, order: Order, seed: int, ranks: Ranks) -> Accuracy:
-        """The injector's noise, in class order or shuffled."""
-        labels = self.reader.labels_of(np.arange(len(self.reader)))
-        ids = class_order(labels) if order == "class" else shuffled_order(len(labels), seed)
+        """The injector's noise, in the manifest's order, in class order or shuffled."""
+        ids = np.arange(len(self.reader))
+        labels = self.reader.labels_of(ids)
+        if order != "manifest":
+            ids = class_order(labels) if order == "class" else shuffled_order(len(labels), seed)
         noise = self.injector.config
         group = (noise.group_size or self.batch) if noise.mixes_samples else 1
         name = f"{noise.kind}_{noise.site_label}_{order}_k{group}"
@@ -155,18 +157,6 @@ def _check_columns(columns: np.ndarray, classes: int) -> None:
     named = len(set(columns.tolist()))
     if columns.min() < 0 or not named == len(columns) == classes:
         raise ValueError(f"{named} of the model's classes stand for the {classes} of the data: name one for each")
-
-
-@contextlib.contextmanager
-def whole_float32(half_dtype: torch.dtype | None = None) -> Iterator[None]:
-    """By default cuDNN's convolutions drop 13 of float32's 24 bits (TF32), and another batch gives other answers."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    if half_dtype is None:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _in_rounds(batches: Iterable[Batch], rounds: int) -> Iterator[Batch | None]:

@@ -35,17 +35,15 @@ _NEAREST = {"resnet": "R18", "vit": "ViT-T"}  # of smaller models of the family
 class Published(NamedTuple):
     column: str
     """Of the paper's tables."""
-    exact: bool
-    """Whether it is the model itself; else the smallest of its family."""
     top1: float | None
     """%, on ImageNet; None where the paper has no figure."""
 
 
 def published_top1(timm_name: str, kind: str) -> Published | None:
-    """What the paper gives for a timm model and a kind of noise. None: it has no model of that family."""
+    """What the paper gives for a timm model, or the smallest of its family. None: it has none of that family."""
     column = next((own for start, own in _NAMES.items() if timm_name.split(".")[0].startswith(f"{start}_")), None)
     column = column or _NAMES.get(timm_name.split(".")[0])
     nearest = next((own for start, own in _NEAREST.items() if timm_name.startswith(start)), None)
     if (column or nearest) is None:
         return None
-    return Published(column or str(nearest), column is not None, TABLES[column or str(nearest)].get(kind))
+    return Published(column or str(nearest), TABLES[column or str(nearest)].get(kind))

@@ -24,6 +24,7 @@ from pipeline.checkpoint import EMA_NAME, WEIGHTS_NAME, Generation, latest_gener
 
 _PICKLES = (".pth", ".pt", ".bin", ".tar")
 _PATCHES = "patch_embed.proj.weight"
+_TAKE_THE_LAST = "leave out --model.init-ema, or --ema where that asked for them, to take the last weights"
 
 
 def timm_settings(model: nn.Module) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def weights_file(source: Path, ema: bool = False) -> Path:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} is no finished checkpoint (it has no sums): name another") from error
     if ema and name not in generation.sums:
-        raise FileNotFoundError(f"{folder} holds no averaged weights: leave out --model.init-ema")
+        raise FileNotFoundError(f"{folder} holds no averaged weights: {_TAKE_THE_LAST}")
     generation.verify([name])
     return generation.path(name)
 
@@ -108,7 +109,7 @@ def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
     keys = ("state_dict_ema", "model_ema") if ema else ("state_dict", "model")
     found = next((body[key] for key in keys if body.get(key) is not None), None) if isinstance(body, dict) else None
     if ema and found is None:
-        raise ValueError(f"{path} holds no averaged weights ({' or '.join(keys)}): leave out --model.init-ema")
+        raise ValueError(f"{path} holds no averaged weights ({' or '.join(keys)}): {_TAKE_THE_LAST}")
     state = body if found is None else found
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state_dict of tensors: save it as model.state_dict()")

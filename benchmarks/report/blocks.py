@@ -112,15 +112,17 @@ def block_of(
     header: Sequence[str],
     lines: Sequence[Sequence[str]],
     within: Sequence[str] = (),
+    means: bool = False,
     **more: Any,
 ) -> Block:
-    """A block of results that compare; of several runs each line says when it was measured, where it is one result's.
+    """A block of results that compare; of several runs each line says when it was measured.
 
-    within: see check_alike, whose errors are this one's.
+    within: see check_alike, whose errors are this one's. means: lines are of several results each, which then must be
+    of the same code too; else of one result each, in their order.
     """
-    check_alike(results, within)
+    check_alike(results, within, same_code=means)
     sources = sources_of(results)
-    if len(sources) > 1 and len(lines) == len(results):
+    if len(sources) > 1 and not means and len(lines) == len(results):
         header = [*header, "measured"]
         lines = [[*line, result.source.when] for line, result in zip(lines, results, strict=True)]
     return Block(title, header, lines, sources, **more)

@@ -117,6 +117,9 @@ def accuracy_figures(results: Sequence[Result], latest: bool) -> str:
     from benchmarks.accuracy_summary import lines_of, shown  # with it comes torch
 
     found = chosen(results, "accuracy", latest).chosen
+    if not found:
+        raise ValueError("the README's figures of accuracy are not measured: `python -m benchmarks accuracy`")
+    check_alike(found, within=("noise", "seed", "asked_with", "model"), same_code=True)
     rows = [result.row for result in found]
     models = list(dict.fromkeys(row["part"] for row in rows))
     lines = {(line.model, line.noise, line.site, line.acts): line for line in lines_of(rows)}

@@ -162,13 +162,16 @@ def _moment(result: Result) -> str:
     return datetime.datetime.fromisoformat(result["time_utc"]).astimezone(datetime.UTC).isoformat()
 
 
-def check_alike(results: Sequence[Result], within: Sequence[str] = ()) -> None:
+def check_alike(results: Sequence[Result], within: Sequence[str] = (), same_code: bool = False) -> None:
     """Refuses to put into one table what differs in versions, hardware or conditions.
 
-    within: names of conditions in which the lines of this table differ by intent. Errors: ValueError with the mend.
+    within: names of conditions in which the lines of this table differ by intent. same_code: a mean is formed of them,
+    so the sources must be the same too. Errors: ValueError with the mend.
     """
     for other in results[1:]:
-        for name, one, another in _differences(results[0], other):
+        code = [("code", results[0].row.get("code"), other.row.get("code"))] if same_code else []
+        differing = [(name, one, another) for name, one, another in code if one != another]
+        for name, one, another in [*differing, *_differences(results[0], other)]:
             if name not in within:
                 raise ValueError(
                     f"{other.file}: {other.question}{f', {other.part}' if other.part else ''}: {name} {one} "

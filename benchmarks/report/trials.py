@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.blocks import Block, Plot, block_of
 from benchmarks.report.plots import draw_p_values
@@ -65,6 +65,7 @@ def accuracy_blocks(results: Sequence[Result]) -> Iterator[Block]:
     from benchmarks.accuracy_summary import HEADER, WHAT_IT_SHOWS, lines_of  # with it comes torch
     from pipeline.report.plots import draw_accuracies
 
+    _check_rows(results, _accuracy_counts)
     for model, of_model in by_part(results).items():
         lines = lines_of([result.row for result in of_model])
         points = [point for line in lines for point in _points(line)]
@@ -74,6 +75,7 @@ def accuracy_blocks(results: Sequence[Result]) -> Iterator[Block]:
             HEADER,
             [line.cells() for line in lines],
             within=("noise", "seed", "asked_with"),
+            means=True,
             words=" ".join(WHAT_IT_SHOWS),
             plot=Plot(
                 partial(draw_accuracies, points),
@@ -100,16 +102,51 @@ def cifar_variant(result: Result) -> str:
     names = ("pictures", "epochs", "batch", "width", "depth", "patch", "dtype", "device")
     pictures, epochs, batch, width, depth, patch, dtype, device = (result.condition(name) for name in names)
     how = f"{epochs} epochs, batch {batch}, {depth} blocks of {width}, patches of {patch}, {dtype} on {device}"
-    return f"{pictures}; {how}"
+    return f"{pictures}; {how}; the noisy twin's: {result.condition('noisy_twin')}"
 
 
 def cifar_blocks(results: Sequence[Result]) -> Iterator[Block]:
     from benchmarks.cifar_summary import identity, part, summary_table  # with it comes torch
 
+    _check_rows(results, _cifar_counts)
     rows = [result.row for result in results]
     title, header, lines = summary_table(rows)
     parting = part(rows)
     words = ["Every line with class mates is transductive: a picture's answer hangs on the others of its group."]
     words += [f"At inference {identity(rows)}."]
     words += [] if parting is None else [parting.sentence()]
-    yield block_of(results, title.removeprefix("cifar: "), header, lines, ("seed", "noise"), words=" ".join(words))
+    yield block_of(
+        results, title.removeprefix("cifar: "), header, lines, ("seed", "noise"), True, words=" ".join(words)
+    )
+
+
+def _check_rows(results: Sequence[Result], counts_of: Callable[[dict[str, Any]], Iterator[tuple[int, int]]]) -> None:
+    """Errors: ValueError naming the line, where it lacks a figure or has counts that cannot be."""
+    for result in results:
+        try:
+            counts = list(counts_of(result.row))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"{result.where} is damaged (it lacks {error}): take it out, or measure it again"
+            ) from error
+        if wrong := [f"{right} of {n}" for right, n in counts if not 0 <= right <= n or not n]:
+            raise ValueError(f"{result.where} is damaged ({wrong[0]} right): take it out, or measure it again")
+
+
+def _accuracy_counts(row: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    _require(row, "seed", "trained_with")
+    for found in row["found"]:
+        _require(found, "during", "point", "order", "k", "class_mates")
+        yield found["correct_top1"], found["num_images"]
+
+
+def _cifar_counts(row: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    _require(row, "seed", "places")
+    for found in row["audit"]:
+        _require(found, "protocol", "site", "k", "value", "class_mates", "differing", "interval")
+        yield from ((count, found["n"]) for count in found["counts"])
+
+
+def _require(row: dict[str, Any], *names: str) -> None:
+    if missing := [name for name in names if name not in row]:
+        raise KeyError(missing[0])

@@ -118,7 +118,9 @@ def test_every_line_of_the_table_follows_from_the_rows(run):
     assert trained.differences == tuple(top1[seed, "optimal_q"] - top1[seed, None] for seed in (0, 1))
     assert by_name["optimal q", "residual", "inference"].per_image == ()  # at k = 1 it is the clean model
     assert len(by_name["optimal q", "residual", "inference"].class_order) == 2
-    assert by_name["gaussian 0.2", "last", "inference"].published == "79.10 (ViT-T)"
+    assert by_name["none", "", ""].published == "79.34 (ViT-T)"
+    assert by_name["gaussian 0.2", "last", "training"].published == "79.10 (ViT-T)"
+    assert by_name["gaussian 0.2", "last", "inference"].published == ""  # once for each noise
 
 
 def test_mixing_at_inference_is_done_by_hand_alike(folder):
@@ -170,8 +172,9 @@ def test_a_noise_that_is_no_identity_at_k_1_is_a_fault(folder):
     torch.nn.init.normal_(model.head.weight)
     respondent = InMemory(model, data.tested, seed=0)
     alone = respondent.answers(NoiseConfig("gaussian", 50.0, "blocks.2", "eval"), np.arange(40))
+    plain = respondent.answers(NoiseConfig(), np.arange(40))
     with pytest.raises(ValueError, match=r"at k = 1 [1-9]\d* answers differ"):
-        accuracy._check_identity(alone, respondent, NoiseConfig("optimal_q", None, "blocks.2", "eval"))
+        accuracy._check_identity(alone, plain, NoiseConfig("optimal_q", None, "blocks.2", "eval"))
 
 
 def test_figures_have_intervals_over_seeds():
@@ -179,13 +182,14 @@ def test_figures_have_intervals_over_seeds():
     assert accuracy_summary.shown((50.0,)) == "50.00"
     assert accuracy_summary.shown((50.0, 52.0, 54.0)) == "52.00 (47.03 to 56.97)"  # 4.303 x 2 / sqrt(3)
     assert accuracy_summary.shown((-1.0, 1.0), "+") == "+0.00 (-12.71 to +12.71)"
+    assert accuracy_summary.shown((90.0, 100.0)) == "95.00 (31.47 to 100.00)"  # no share is above 100 %
 
 
 def test_published_figures_are_of_the_model_or_of_the_smallest_of_its_family():
-    assert published_top1("vit_base_patch16_224.augreg_in21k_ft_in1k", "circular_shift") == ("ViT-B", True, 89.99)
-    assert published_top1("resnet50", "gaussian") == ("R50", True, 69.62)
-    assert published_top1("resnet10t", "none") == ("R18", False, 63.90)
-    assert published_top1("vit_tiny_patch16_224", "optimal_q") == ("ViT-T", True, None)
+    assert published_top1("vit_base_patch16_224.augreg_in21k_ft_in1k", "circular_shift") == ("ViT-B", 89.99)
+    assert published_top1("resnet50", "gaussian") == ("R50", 69.62)
+    assert published_top1("resnet10t", "none") == ("R18", 63.90)
+    assert published_top1("vit_tiny_patch16_224", "optimal_q") == ("ViT-T", None)
     assert published_top1("convnext_tiny", "none") is None
 
 
@@ -199,6 +203,8 @@ def test_bad_options_end_with_one_line(folder, tmp_path, capsys):
         (("--batch", "20"), "--batch 20: a multiple of --group-train 8"),
         (("--group-eval", "41"), "--group-eval 41 is more than the 40 test pictures"),
         (("--num-tasks", "2"), "which one is this?"),
+        (("--group-eval", "1"), "--group-eval 1: at least 2"),
+        (("--eval-sites", "last", "last"), "--eval-sites names last twice"),
         (("--circular-shift", "0.7", "--noises", "circular_shift"), "noise.strength is 0.7"),
         (("--lr", "1e30", "--seeds", "1"), "lower --lr"),
     ):

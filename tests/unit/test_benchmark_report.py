@@ -21,6 +21,7 @@ from benchmarks.projection import Network, project
 from benchmarks.report import ReportOptions, write_report
 from benchmarks.report.readme import refreshed
 from benchmarks.report.results import read_results
+from benchmarks.report.trials import accuracy_blocks
 from pipeline.audit.rows import Row
 from pipeline.page import drawing
 
@@ -269,7 +270,7 @@ def cifar_rows() -> list[str]:
             for p, site, k, c in protocols
         ]
         own = {"question": "cifar", "part": "seed 0", "contestant": twin, "seed": 0, "audit": audit, "places": sites}
-        rows.append(json.dumps(own | circumstances(**shared, seed=0, noise=noise)))
+        rows.append(json.dumps(own | circumstances(**shared, seed=0, noise=noise, noisy_twin="optimal_q")))
     return rows
 
 
@@ -278,6 +279,7 @@ def accuracy_rows() -> list[str]:
     shared = dict.fromkeys(names, 10) | {"dtype": "float32", "device": "cpu", "model": "vit_tiny_patch16_224"}
     point = {"kind": "optimal_q", "strength": None, "site": "last"}
     off = {"during": "off", "point": None, "order": "any", "k": 1, "num_images": 1000, "transductive": False}
+    off |= {"class_mates": None}
     mates = {"k": 10, "transductive": True, "class_mates": 1.0}
     rows = []
     for seed in range(3):
@@ -288,6 +290,40 @@ def accuracy_rows() -> list[str]:
         kept = circumstances(**shared, noise="none", seed=seed, asked_with=[point])
         rows.append(json.dumps(row | {"trained_with": None, "found": found} | kept))
     return rows
+
+
+def changed(line: str, change) -> str:
+    row = json.loads(line)
+    change(row)
+    return json.dumps(row)
+
+
+@pytest.mark.parametrize(
+    ("lines", "change", "complaint"),
+    [
+        (accuracy_rows(), lambda row: row["found"][0].update(correct_top1=2000), "is damaged (2000 of 1000 right)"),
+        (accuracy_rows(), lambda row: row["found"][0].update(num_images=0, correct_top1=0), "damaged (0 of 0 right)"),
+        (accuracy_rows(), lambda row: row.pop("found"), "is damaged (it lacks 'found')"),
+        (accuracy_rows(), lambda row: row.update(code="other"), "code tested ("),
+        (cifar_rows(), lambda row: row.pop("audit"), "is damaged (it lacks 'audit')"),
+        (cifar_rows(), lambda row: row.update(code="other"), "code tested ("),
+    ],
+)
+def test_what_cannot_be_or_is_of_other_code_is_no_part_of_a_mean(tmp_path, capsys, lines, change, complaint):
+    marked = [changed(line, lambda row: row.update(code="tested")) for line in lines]
+    marked[-1] = changed(marked[-1], change)
+    error = refused(capsys, "report", "--results", folder_of(tmp_path, *marked), "--output", tmp_path / "out")
+    assert complaint in error and error.count("\n") == 1, error
+
+
+def test_dates_stand_at_lines_of_one_result_alone(tmp_path):
+    """Three seeds of three days and three lines: no line is of one day."""
+    lines = [
+        changed(line, lambda row, day=day: row.update(time_utc=f"2026-11-0{day + 1}T00:00:00+00:00"))
+        for day, line in enumerate(accuracy_rows())
+    ]
+    (block,) = accuracy_blocks(read_results(folder_of(tmp_path, *lines)))
+    assert "measured" not in block.header and len(block.sources) == 3
 
 
 @pytest.mark.parametrize(
@@ -382,9 +418,9 @@ def test_wrong_folders_and_readmes_are_refused(tmp_path, capsys):
     assert "holds no" in refused(capsys, "report", "--results", tmp_path / "empty", *out)
     assert "is no folder" in refused(capsys, "report", "--results", tmp_path / "none", *out)
     (tmp_path / "r.md").write_text("no figures")
-    assert "r.md has no `<!-- figures: loader -->`" in refused(capsys, "report", "--readme", tmp_path / "r.md", *out)
+    assert "r.md has no `<!-- figures: accuracy -->`" in refused(capsys, "report", "--readme", tmp_path / "r.md", *out)
     (tmp_path / "r.md").write_text("<!-- figures: speed -->\n<!-- end -->")
-    assert "there are loader, train" in refused(capsys, "report", "--readme", tmp_path / "r.md", *out)
+    assert "there are accuracy, loader, train" in refused(capsys, "report", "--readme", tmp_path / "r.md", *out)
     folder = folder_of(tmp_path, *timed({"plain write": 1.0}, circumstances()))
     (tmp_path / "r.md").write_text("<!-- figures: train -->\n<!-- end -->")
     said = refused(capsys, "report", "--results", folder, "--readme", tmp_path / "r.md", *out)

@@ -26,6 +26,7 @@ ORDER = (
         "pipeline.loss",
         "pipeline.moving_averages",
         "pipeline.intervals",
+        "pipeline.precision",
         "pipeline.published",
         "pipeline.answers",
         "pipeline.page",
