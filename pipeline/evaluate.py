@@ -135,7 +135,7 @@ def _by_class(answers: Answers, classes: tuple[str, ...]) -> tuple[ClassCount, .
 
 def _default_name(config: EvaluateConfig, checkpoint: Checkpoint, noise: NoiseConfig, other: Checkpoint | None) -> str:
     """Of all that makes it another result, so that none is written over another: `evaluate_step12_val_ema.json`."""
-    parts = [f"step{checkpoint.step}", load_manifest(config.data, config.cache).split]
+    parts = [f"step{checkpoint.step}", load_manifest(str(config.data), config.cache).split]
     if config.ema:
         parts.append("ema")
     if noise.kind != "none":

@@ -17,7 +17,7 @@ from data_prep.manifest import pack_index, read_manifest, unpack_index, write_ma
 from pipeline import checkpoint as ckpt
 from pipeline.accuracy import NearTie
 from pipeline.answers import ROUNDING
-from pipeline.checkpoint import WEIGHTS_NAME
+from pipeline.checkpoint import EMA_NAME, WEIGHTS_NAME, recorded_sha256
 from pipeline.config import TrainConfig
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.loader import DataConfig, open_split
@@ -30,24 +30,39 @@ from pipeline.sections import to_json
 from pipeline.trained import load_model, open_checkpoint
 
 ALONE = Ranks(0, 1, launched=False)
+NO_NOISE = NoiseConfig()
 # No evaluation takes RandAugment, so it must not keep one from reading a .beton.
 EXACT = AugmentConfig(randaugment="rand-m9-n2", eval_crop_share=0.5)
 
 
+def spread(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights by which the pictures alone decide: timm's own start answers all alike."""
+    weights = {name: 20 * value if value.ndim > 1 else value for name, value in model.state_dict().items()}
+    return weights | {name: torch.zeros_like(weights[name]) for name in ("pos_embed", "cls_token")}
+
+
 def make_run(
-    folder: Path, seed: int, size: int = 32, augment: AugmentConfig = EXACT, label_map: str = "", classes=CLASSES
+    folder: Path,
+    seed: int,
+    size: int = 32,
+    augment: AugmentConfig = EXACT,
+    label_map: str = "",
+    classes: tuple[str, ...] = CLASSES,
+    average_seed: int | None = None,
+    noise: NoiseConfig = NO_NOISE,
 ) -> Path:
     """A run folder with one checkpoint of an untrained model of the small split's three classes."""
     options = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
     model = ModelConfig(name="vit_tiny_patch16_224", options=options)
-    config = TrainConfig(run=folder, seed=4, model=model, data=DataConfig(image_size=size), augment=augment)
-    torch.manual_seed(seed)
-    weights = create_model(model, len(CLASSES), size).state_dict()
-    # timm's own start answers all pictures alike.
-    weights = {name: 20 * value if value.ndim > 1 else value for name, value in weights.items()}
+    config = TrainConfig(
+        run=folder, seed=4, model=model, data=DataConfig(image_size=size), augment=augment, noise=noise
+    )
     draft = ckpt.temporary_folder(folder, 12)
     draft.mkdir(parents=True)
-    save_file(weights, draft / WEIGHTS_NAME)
+    for name, start in ((WEIGHTS_NAME, seed), (EMA_NAME, average_seed)):
+        if start is not None:
+            torch.manual_seed(start)
+            save_file(spread(create_model(model, len(CLASSES), size)), draft / name)
     if label_map:
         (draft / ckpt.LABEL_MAP_NAME).write_text(label_map)
     ckpt.write_json(draft / ckpt.CONFIG_NAME, to_json(config) | {"classes": classes, "step": 12})
@@ -58,7 +73,7 @@ def make_run(
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    return make_run(tmp_path / "run", seed=5)
+    return make_run(tmp_path / "run", seed=8)
 
 
 @pytest.mark.parametrize("form", ["wds", "ffcv"])
@@ -68,7 +83,7 @@ def test_evaluate_a_checkpoint(run, raw_split, form):
     assert [r.order for r in found.accuracies] == ["manifest", "class", "shuffled"]
     assert [r.transductive for r in found.accuracies] == [False, True, True]
     assert all(r.num_images == 24 for r in found.accuracies)
-    body = json.loads((run / "evaluate_optimal_q_blocks.0.json").read_text())
+    body = json.loads((run / "evaluate_step12_train_optimal_q_blocks.0_k4.json").read_text())
     assert body["step"] == 12 and body["accuracies"] == [r.to_json() for r in found.accuracies]
     # The .beton of raw pixels and the tars hold the same pictures: no image may be answered otherwise.
     plain = evaluate(EvaluateConfig(run, raw_split, batch=24, workers=0, output=run / "own" / "x.json"), ALONE)
@@ -79,12 +94,12 @@ def test_evaluate_a_checkpoint(run, raw_split, form):
     assert (run / "own" / "x.json").is_file()
 
 
-def predictions(run: Path, manifest: Path) -> tuple[np.ndarray, np.ndarray]:
+def predictions(run: Path, manifest: Path, ema: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(predicted, labels) of the bare timm model, by the checkpoint's own preprocessing."""
     checkpoint = open_checkpoint(run)
     data = dataclasses.replace(checkpoint.data, workers=0)
     reader = open_split(str(manifest), data, checkpoint.augment.for_evaluation(), seed=0)
-    model, ids = load_model(checkpoint).eval(), np.arange(len(reader))
+    model, ids = load_model(checkpoint, ema).eval(), np.arange(len(reader))
     x = (reader.batch(ids, None).images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     with torch.no_grad():
         return model(x).argmax(1).numpy(), reader.labels_of(ids)
@@ -94,10 +109,11 @@ def test_what_is_written_is_what_the_bare_model_answers(run, raw_split):
     found = evaluate(EvaluateConfig(run, raw_split, batch=7, workers=2), ALONE)
     predicted, labels = predictions(run, raw_split)
     right = predicted == labels
+    assert np.bincount(predicted).tolist() == [7, 6, 11], "answers spread over the classes, else no count can fail"
     assert found.accuracies[0].correct_top1 == right.sum() not in (0, 24)
     counts = [ClassCount(name, int(right[labels == i].sum()), 8) for i, name in enumerate(CLASSES)]
     assert found.classes == tuple(counts)
-    body = json.loads((run / "evaluate_per_image.json").read_text())
+    body = json.loads((run / "evaluate_step12_train.json").read_text())
     assert body["classes"][1] == {"name": "bee", "right": counts[1].right, "seen": 8}
     assert body["near_tie_bound"] == ROUNDING and body["against"] is None
 
@@ -110,7 +126,8 @@ def test_two_checkpoints_on_the_same_pictures_each_by_its_own_preprocessing(run,
     assert (found.against.comparison.only_one, found.against.comparison.only_other) == (only_one, only_other)
     assert only_one != only_other and only_one and only_other
     assert found.against.accuracy.correct_top1 == (two == labels).sum()
-    against = json.loads((run / "evaluate_per_image.json").read_text())["against"]
+    assert found.output == run / "evaluate_step12_train_against-other-step12.json"
+    against = json.loads(found.output.read_text())["against"]
     assert against["comparison"] == {
         "num_images": 24,
         "only_one": only_one,
@@ -120,9 +137,79 @@ def test_two_checkpoints_on_the_same_pictures_each_by_its_own_preprocessing(run,
     assert against["accuracy"] == found.against.accuracy.to_json()
     assert against["checkpoint"] == str(open_checkpoint(other).folder)
     print_evaluation(found)
+    p_value = f"p = {found.against.comparison.p_value:.2g} (McNemar, exact)"
+    there = open_checkpoint(other).folder
     text = capsys.readouterr().out
-    assert f"Right here alone {only_one}, right by {open_checkpoint(other).folder} alone {only_other}" in text
-    assert f"probability {found.against.comparison.p_value:.3g} (McNemar's exact test)" in text
+    assert f"{only_one} pictures only here right, {only_other} only there ({there}); {p_value}." in text
+    assert text.endswith(f"Written: {found.output}\n")
+
+
+def test_the_average_is_compared_with_the_average(raw_split, tmp_path):
+    run = make_run(tmp_path / "run", seed=8, average_seed=25)
+    other = make_run(tmp_path / "other", seed=13, average_seed=1)
+    found = evaluate(EvaluateConfig(run, raw_split, ema=True, against=other, workers=0), ALONE)
+    (one, labels), (two, _) = (predictions(folder, raw_split, ema=True) for folder in (run, other))
+    comparison = found.against.comparison
+    assert comparison.only_one == ((one == labels) & (two != labels)).sum()
+    assert comparison.only_other == ((two == labels) & (one != labels)).sum()
+    assert (two != predictions(other, raw_split)[0]).any()
+    body = json.loads(found.output.read_text())["against"]
+    assert body["weights_sha256"] == recorded_sha256(found.against.folder, EMA_NAME)
+    without = make_run(tmp_path / "without", seed=1)
+    with pytest.raises(FileNotFoundError, match=r"without.* holds no averaged weights: leave out .*--ema") as error:
+        evaluate(EvaluateConfig(run, raw_split, ema=True, against=without, workers=0), ALONE)
+    assert "\n" not in str(error.value)
+
+
+def test_no_result_is_written_over_another(raw_split, tmp_path):
+    """By default: other weights, another split, step, noise or comparison goes into another file."""
+    acts = NoiseConfig(kind="optimal_q", site="blocks.0", during="both", group_size=4)
+    noisy = make_run(tmp_path / "noisy", seed=8, average_seed=1, noise=acts)
+    salt = NoiseConfig(kind="salt_and_pepper", strength=0.1)
+    val = tmp_path / "val"
+    shutil.copytree(raw_split.parent, val)
+    manifest = write_manifest(dataclasses.replace(read_manifest(raw_split), split="val", shards=(), folder=val))
+    own = "optimal_q_blocks.0_k4"
+    for options, name in (
+        ({}, f"train_{own}"),
+        ({"ema": True}, f"train_ema_{own}"),
+        ({"data": manifest, "format": "ffcv"}, f"val_{own}"),
+        ({"noise": dataclasses.replace(acts, group_size=None)}, "train_optimal_q_blocks.0_k24"),
+        ({"noise": dataclasses.replace(acts, spare_prefix_tokens=False)}, "train_optimal_q_blocks.0_all-tokens_k4"),
+        ({"shuffle_seed": 3}, f"train_{own}_seed3"),
+        ({"noise": salt}, "train_salt_and_pepper_image_0.1"),
+        ({"noise": dataclasses.replace(salt, strength=0.25)}, "train_salt_and_pepper_image_0.25"),
+        ({"against": noisy}, f"train_{own}_against-noisy-step12"),
+    ):
+        config = EvaluateConfig(noisy, **({"data": raw_split, "batch": 24, "workers": 0} | options))
+        found = evaluate(config, ALONE)
+        assert found.output == noisy / f"evaluate_step12_{name}.json"
+        assert found.output.is_file()
+    assert len(list(noisy.glob("evaluate_*"))) == 9
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_pass(run, raw_split, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.evaluate.Evaluator", None)
+    (tmp_path / "taken").write_text("")
+    for output, message in (
+        (tmp_path, r"^--output .* is a folder: name a file in it, such as .*evaluate\.json$"),
+        (
+            tmp_path / "taken" / "deep" / "x.json",
+            r"^--output .*x\.json: .*taken is a file, no folder: name a file in a",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(EvaluateConfig(run, raw_split, output=output, workers=0), ALONE)
+
+
+def test_a_noise_that_mixes_no_pictures_is_run_once(run, raw_split, capsys):
+    noise = NoiseConfig(kind="gaussian", strength=0.5)
+    found = evaluate(EvaluateConfig(run, raw_split, noise=noise, workers=0), ALONE)
+    assert [(one.order, one.noise[:8]) for one in found.accuracies] == [("manifest", "none"), ("manifest", "gaussian")]
+    assert found.accuracies[0].mean_loss != found.accuracies[1].mean_loss
+    print_evaluation(found)
+    text = capsys.readouterr().out
+    assert text.count("any order") == 1 and "k = 1" not in text
 
 
 def test_a_checkpoint_against_itself_differs_nowhere(run, raw_split):
@@ -136,7 +223,9 @@ def test_checkpoints_of_other_classes_or_labels_are_not_compared(run, raw_split,
     with pytest.raises(ValueError, match=r"16 of 24 pictures are labelled otherwise: .* one label map"):
         evaluate(EvaluateConfig(run, raw_split, against=mapped, workers=0), ALONE)
     other = make_run(tmp_path / "others", seed=1, classes=("ant", "wasp", "cat"))
-    with pytest.raises(ValueError, match=r"against .*others: .* number 1, 'wasp' and 'bee'; name a checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"run.* and --against .*others know different .* number 1, 'bee' and 'wasp'; name"
+    ):
         evaluate(EvaluateConfig(run, raw_split, against=other, workers=0), ALONE)
 
 
@@ -163,6 +252,16 @@ def test_the_table_says_counts_intervals_near_ties_and_classes(run, raw_split, c
     assert "The first two logits of 11 lie closer" in text and "picture 7 and 3 more, all in the JSON" in text
     assert "Lowest by class: class 0 0 of 10, class 1 1 of 10, class 2 2 of 10; highest: class 9 9 of 10" in text
     assert "empty" not in text and "transductive" not in text
+    assert f"{100 * alone.top5:.2f}" in text  # of eleven classes
+
+
+def test_the_top_5_of_five_classes_or_fewer_stays_blank(run, raw_split, capsys):
+    found = evaluate(EvaluateConfig(run, raw_split, workers=0), ALONE)
+    assert found.accuracies[0].top5 == 1
+    for classes, shown in ((5, False), (6, True)):
+        named = tuple(ClassCount(f"class {i}", 1, 2) for i in range(classes))
+        print_evaluation(dataclasses.replace(found, classes=named))
+        assert ("100.00" in capsys.readouterr().out) == shown
 
 
 def test_a_checkpoint_says_what_it_is(run):
@@ -240,7 +339,9 @@ def test_a_damaged_checkpoint_is_not_evaluated(run, raw_split):
         evaluate(EvaluateConfig(run, raw_split, workers=0), ALONE)
 
 
-@pytest.mark.parametrize(("options", "name"), [({"batch": 0}, "batch"), ({"workers": -1}, "workers")])
+@pytest.mark.parametrize(
+    ("options", "name"), [({"batch": 0}, "batch"), ({"workers": -1}, "workers"), ({"shuffle_seed": -1}, "shuffle_seed")]
+)
 def test_out_of_range_options_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=f"^{name} is"):
         EvaluateConfig(Path("x"), Path("y"), **options)
