@@ -21,10 +21,12 @@ setup: ## .venv with everything pinned in requirements.txt; Debian's packages fo
 demo: setup ## the whole job on real pictures, in minutes (DATA=/path/to/pictures takes your own)
 	@$(PYTHON_VENV) -m jobs demo --out runs/demo $(if $(DATA),--data "$(DATA)")
 
-# Those of one process two at a time, whole commands two files at a time; ranks, hosts and clusters alone.
+# Two at a time, and files whose tests share what they have trained whole. A thread that waits must not spin meanwhile:
+# torch's would take half of each other's time.
 test: setup lint ## lint, types and tests
-	@status=0; for tests in "-n 2 tests/unit" "-n 2 --dist loadfile tests/integration" "tests/distributed tests/slurm tests/gpu"; \
-	do $(PYTHON_VENV) -m pytest $$tests || status=1; done; exit $$status
+	@status=0; export OMP_WAIT_POLICY=PASSIVE; \
+	for tests in "tests/unit" "--dist loadfile --no-loadscope-reorder tests/integration tests/distributed tests/slurm tests/gpu"; \
+	do $(PYTHON_VENV) -m pytest -n 2 $$tests || status=1; done; exit $$status
 
 lint: setup
 	@$(PYTHON_VENV) -m ruff check . && $(PYTHON_VENV) -m ruff format --check . && $(PYTHON_VENV) -m mypy

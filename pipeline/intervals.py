@@ -59,6 +59,15 @@ def _t_within(t: float, freedom: int) -> float:
     return 2 / math.pi * (angle + series) if odd else series
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The same in their order, adjusted for all being asked at once, however they depend on each other (Holm, 1979)."""
+    adjusted, largest = list(p_values), 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
+
+
 def mcnemar(only_one: int, only_other: int) -> float:
     """The exact two-sided p-value that two models are equally good (McNemar, 1947), from where they differ.
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.audit.rows import Row, per_image
-from pipeline.audit.subject import PAPER_K, Published
+from pipeline.audit.subject import PAPER_K
 from pipeline.audit.verdict import Finding
 from pipeline.noise.config import NoiseConfig
+from pipeline.published import Headline
 from pipeline.sections import to_json
 
 _LIBRARIES = ("torch", "timm", "numpy", "python")
@@ -37,7 +38,7 @@ class Audit:
     verdict: tuple[Finding, ...]
     twin: str | None
     twin_weights_sha256: str | None
-    published: Published | None
+    published: Headline | None
     features: tuple[str, ...]
     """What was kept, and why where nothing was."""
     output: str

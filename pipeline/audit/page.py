@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.audit.findings import Audit
 from pipeline.audit.plot import draw_accuracies
-from pipeline.audit.table import HEADER, NOTES, lines_of, remarks
+from pipeline.audit.table import HEADER, NOTES, groups_of, remarks
 from pipeline.page import render_page
 from pipeline.page.drawing import plot_uris
 
@@ -21,7 +21,7 @@ def page_of(audit: Audit) -> str:
         audit=audit,
         findings=audit.verdict,
         header=HEADER,
-        lines=lines_of(audit.rows),
+        groups=groups_of(audit.rows),
         notes=[*NOTES, *remarks(audit.rows)],
         published=audit.beside_published(),
         plot_of_k=plot_uris(partial(draw_accuracies, audit.rows)),

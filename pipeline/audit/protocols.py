@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.accuracy import compare
 from pipeline.answers import Answers, answers_of, joined
-from pipeline.audit.rows import NAMES, Row
+from pipeline.audit.rows import NAMES, Row, in_words
 from pipeline.data.order import class_mate_share, evaluation_batches, permutation, shuffled_order
 from pipeline.noise.config import LINEAR_KINDS, NoiseConfig
 
@@ -43,7 +43,7 @@ class Settings:
     """How large the groups are, and what is drawn."""
 
     ks: tuple[int, ...] = (2, 5, 10, 25, 50)
-    """Group sizes, each above 1; k = 1 is always run."""
+    """Group sizes, each above 1, taken once and from the smallest on; k = 1 is always run."""
     shuffles: int = 3
     """Shuffled orders, each by a seed of its own."""
     shuffle_seed: int = 0
@@ -56,6 +56,7 @@ class Settings:
             raise ValueError("ks is empty: name group sizes, such as 2 5 10 25 50")
         if wrong := [k for k in self.ks if k < 2]:
             raise ValueError(f"ks has {wrong[0]}: a group mixes at least 2 pictures, and k = 1 is run in any case")
+        object.__setattr__(self, "ks", tuple(sorted(set(self.ks))))  # else rows would stand twice, plots go back
         for name in ("shuffles", "victims"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}: at least 1")
@@ -126,8 +127,10 @@ class _Runs:
         rows = []
         for k in self.settings.ks:
             found = self._answers(3, k, self.by_class)
-            rows.append(self._row(3, k, "class", [found], self.by_class))
-            official = replace(rows[-1], protocol=8, name=NAMES[8], measure="running_mean", counts=(), p=None)
+            row = self._row(3, k, "class", [found], self.by_class, remark=_small_classes(self.respondent.labels, k))
+            voted = _answers_of(self.respondent, self.by_class, k)
+            rows.append(replace(row, p_voting=compare(voted, found).p_value))
+            official = replace(row, protocol=8, name=NAMES[8], measure="running_mean", counts=(), p=None)
             rows.append(replace(official, figure=running_mean(found.right, k)))
         return rows
 
@@ -135,17 +138,22 @@ class _Runs:
         rows = []
         orders = [shuffled_order(len(self.by_class), seed) for seed in self.settings.seeds]
         for k in self.settings.ks:
-            rows.append(self._row(4, k, "shuffled", [self._answers(4, k, order) for order in orders], *orders))
+            found = [self._answers(4, k, order) for order in orders]
+            row = self._row(4, k, "shuffled", found, *orders)
+            rows.append(replace(row, seed_ps=tuple(compare(answers, self.plain).p_value for answers in found)))
         return rows
 
     def one_of_each(self) -> list[Row]:
         order = round_robin(self.respondent.labels, self.by_class)
         classes = len(np.unique(self.respondent.labels))
-        remark = "more pictures in a group than classes: some mates are of one class"
-        return [
-            self._row(5, k, "one each", [self._answers(5, k, order)], order, remark=remark if k > classes else "")
-            for k in self.settings.ks
-        ]
+        rows = []
+        for k in self.settings.ks:
+            row = self._row(5, k, "one each", [self._answers(5, k, order)], order)
+            if row.class_mates:
+                why = "more pictures in a group than classes" if k > classes else "the smaller classes are used up"
+                row = replace(row, remark=f"{why}: some mates are of one class")
+            rows.append(row)
+        return rows
 
     def adversarial(self) -> list[Row]:
         """How often a victim is answered as its mates' class, and how often it is with the noise off."""
@@ -219,12 +227,14 @@ def round_robin(labels: np.ndarray, by_class: np.ndarray) -> np.ndarray:
 def victims_among_others(labels: np.ndarray, k: int, victims: int, seed: int) -> np.ndarray:
     """Groups of k: a picture, then k - 1 of one other class, all drawn by the seed; no picture is a victim twice.
 
-    At most `victims` groups. Empty where a class of k - 1 pictures stands beside no other.
+    `victims` groups, or as many as there are. Empty where a class of k - 1 pictures stands beside no other.
     """
     n, counts = len(labels), np.bincount(labels)
     ids_of = {int(label): np.flatnonzero(labels == label) for label in np.flatnonzero(counts >= k - 1)}
-    groups = []
-    for victim in permutation(n, seed, 1)[:victims].tolist():
+    groups: list[np.ndarray] = []
+    for victim in permutation(n, seed, 1).tolist():
+        if len(groups) == victims:
+            break
         if others := [label for label in ids_of if label != labels[victim]]:
             drawn = np.random.RandomState([seed & 0xFFFFFFFF, k, victim])
             mates = ids_of[others[drawn.randint(len(others))]]
@@ -258,7 +268,14 @@ def _voted(respondent: Respondent, by_class: np.ndarray, k: int, plain: Answers)
         n=len(found),
         class_mates=class_mate_share(respondent.labels[by_class], k),
         p=compare(found, plain).p_value,
+        remark=_small_classes(respondent.labels, k),
     )
+
+
+def _small_classes(labels: np.ndarray, k: int) -> str:
+    """What is to be said of class order."""
+    small = np.unique(labels, return_counts=True)[1].min() < k
+    return "classes of fewer than k pictures: groups mix classes" if small else ""
 
 
 def twin_row(own: Answers, twin: Answers | None) -> Row:
@@ -274,5 +291,6 @@ def twin_row(own: Answers, twin: Answers | None) -> Row:
         counts=(twin.top1,),
         n=len(twin),
         p=found.p_value,
-        remark=f"{found.only_one} pictures are right here alone, {found.only_other} with the twin alone",
+        remark=f"{found.only_one:,} pictures only here right, {found.only_other:,} only there; "
+        f"p = {in_words(found.p_value)} (McNemar, exact)",
     )

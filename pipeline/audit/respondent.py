@@ -17,10 +17,10 @@ from pipeline.audit.features import Features, bytes_of, check_room
 from pipeline.data.batch import Reader
 from pipeline.data.loader import EvaluationLoader
 from pipeline.data.order import evaluation_batches
-from pipeline.evaluator import whole_float32
 from pipeline.models import Preprocess
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector, site_shapes
+from pipeline.precision import whole_float32
 
 Tell = Callable[[str], None]
 _Answered = Iterator[tuple[np.ndarray, Tensor]]  # sample ids int64 (B,), logits (B, classes)

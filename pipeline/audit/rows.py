@@ -18,7 +18,7 @@ NAMES = {
     6: "plain voting",
     7: "one a among b",
     8: "official figure",
-    9: "beside the clean twin",
+    9: "clean twin",
 }
 
 Measure = Literal["top1", "answered_b", "running_mean"]
@@ -57,6 +57,10 @@ class Row:
     p: float | None = None
     """That it is as good as the model per image, by McNemar's exact test on the same pictures, two-sided. It takes
     answers as independent, as Wilson's interval does. None over several seeds, and where the pictures are others."""
+    seed_ps: tuple[float, ...] = ()
+    """Of shuffled orders: p of each seed."""
+    p_voting: float | None = None
+    """Of class order: that plain voting over the same groups (protocol 6) is as good, as p."""
     remark: str = ""
     """Why it was not run, or what else is to be said."""
 
@@ -82,7 +86,8 @@ class Row:
         """
         if len(self.counts) == 1:
             return wilson(self.counts[0], self.n)
-        return mean_interval(self.values)
+        found = mean_interval(self.values)
+        return found and Interval(max(0.0, found.low), min(1.0, found.high))  # a t interval of shares may leave 0 to 1
 
     @property
     def beside_interval(self) -> Interval | None:
@@ -102,6 +107,24 @@ class Row:
 def per_image(rows: Sequence[Row]) -> Row:
     """Protocol 1, the headline."""
     return next(row for row in rows if row.protocol == 1)
+
+
+def points_over(row: Row, plain: Row) -> float:
+    """How much more than `plain` it has, in points (percent of the pictures)."""
+    assert row.value is not None and plain.value is not None
+    return 100 * (row.value - plain.value)
+
+
+def signed(points: float) -> str:
+    """Two digits, and no sign of what rounds to 0."""
+    return "0.00" if abs(points) < 0.005 else f"{points:+.2f}"
+
+
+def in_words(p: float | None) -> str:
+    """A p-value."""
+    if p is None:
+        return "unknown"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
 def faults(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -23,6 +24,7 @@ from pipeline.audit.protocols import Settings, check_protocols, run_protocols
 from pipeline.audit.respondent import Passes, respondent_of
 from pipeline.audit.rows import Row
 from pipeline.audit.subject import PAPER_K, LinearKind, Subject, noises_of, published_subject, subject_of
+from pipeline.audit.twin import check_twin, differences
 from pipeline.audit.verdict import verdict
 from pipeline.checkpoint import write_json
 from pipeline.data.cache import CacheConfig
@@ -33,6 +35,7 @@ from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector, site_shapes
 from pipeline.parallel import Ranks, join_ranks, snapshot_environment
 from pipeline.sections import to_json
+from pipeline.trained import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,14 @@ class AuditConfig:
     all_tokens: bool = False
     """Mix class and register tokens too, which the official ViT spares."""
     twin: Path | None = None
-    """The clean twin: a run folder or checkpoint that was trained alike, without noise."""
+    """The clean twin: a run folder or checkpoint that was trained alike, without noise. CHECKPOINT is the noisy one."""
     paper: Literal[224, 384] | None = None
     """The official run at this resolution: timm's ViT-B/16, pictures squashed, optimal Q in the last block's attention,
     class token spared, k = 10, class order. Published figures are printed beside one's own."""
     any_order: bool = False
     """Take the data's own order within a class, where that of the file names is not known."""
     ema: bool = False
-    """Audit the averaged weights (optim.ema_decay) instead of the last ones."""
+    """Audit the averaged weights (optim.ema_decay) instead of the last ones, those of the twin too."""
     format: Literal["wds", "ffcv"] = "wds"
     batch: int = 250
     workers: int = 2
@@ -79,6 +82,8 @@ class AuditConfig:
                 raise ValueError(f"{name} is {value}: at least {least}")
         if not self.noises:
             raise ValueError("noises is empty: name optimal_q, circular_shift, or both")
+        if any(not name.strip() for site in self.sites for name in site.split(",")):
+            raise ValueError("sites has an empty name: give places as timm names its modules, such as blocks.11.attn")
         if (self.strength is None) == ("circular_shift" in self.noises):
             what = "needs --strength, its alpha below 0.5" if self.strength is None else "alone takes --strength"
             raise ValueError(f"circular_shift {what}")
@@ -102,11 +107,13 @@ class _Prepared(NamedTuple):
     noises: list[NoiseConfig]
     order: ClassOrder
     output: Path
+    twin: Subject | None
 
 
 class _Twin(NamedTuple):
     subject: Subject
     answers: Answers
+    differences: str
 
 
 def audit(config: AuditConfig, ranks: Ranks, arguments: Sequence[str] = ()) -> Audit:
@@ -118,7 +125,7 @@ def audit(config: AuditConfig, ranks: Ranks, arguments: Sequence[str] = ()) -> A
         raise ValueError(f"audit runs in one process, here are {ranks.world_size} ranks: start it without torchrun")
     begun, device = time.monotonic(), join_ranks(ranks)
     prepared = _prepare(config)
-    twin = None if config.twin is None else _twin(config.twin, config, device)
+    twin = None if prepared.twin is None else _ask_twin(prepared.twin, prepared.subject, config, device)
     subject, told = prepared.subject, list[str]()
 
     def tell(line: str) -> None:
@@ -131,6 +138,8 @@ def audit(config: AuditConfig, ranks: Ranks, arguments: Sequence[str] = ()) -> A
     with respondent_of(subject.model.to(device), prepared.reader, sites, passes, tell) as respondent:
         answers = None if twin is None else twin.answers
         rows = run_protocols(respondent, prepared.noises, config.protocols, prepared.order.ids, answers, _say)
+    if twin is not None and twin.differences:
+        rows[-1] = replace(rows[-1], remark=f"{rows[-1].remark}; {twin.differences}")
     command = shlex.join(("python", "-m", "pipeline", "audit", *arguments))
     found = _found(config, prepared, twin, rows, told, command, time.monotonic() - begun)
     write_json(prepared.output / "audit.json", found.to_json())
@@ -143,9 +152,14 @@ def audit(config: AuditConfig, ranks: Ranks, arguments: Sequence[str] = ()) -> A
 def _prepare(config: AuditConfig) -> _Prepared:
     """Errors: as audit, all but those of single pictures."""
     paper = config.paper
+    if config.output is not None:
+        _check_output(config.output)
     subject = (
         subject_of(config.checkpoint, config.ema) if paper is None else published_subject(config.checkpoint, paper)
     )
+    output = config.output or subject.home / "audit"
+    _check_output(output)
+    twin = None if config.twin is None else _open_twin(config.twin, subject, config.ema)
     reader = _reader(config, subject)
     subject.check_classes(config.data, reader.classes)
     noises = noises_of(subject, config.noises, config.strength, config.sites, config.all_tokens)
@@ -154,11 +168,19 @@ def _prepare(config: AuditConfig) -> _Prepared:
         site_shapes(subject.model, noise.site_patterns, subject.data.image_size)
     manifest = load_manifest(config.data, config.cache)
     order = class_ordered(config.data, manifest, reader, config.any_order)
-    output = config.output or subject.home / "audit"
     if config.scratch is not None and not config.scratch.is_dir():
         raise FileNotFoundError(f"scratch {config.scratch} is no folder: make it, or name another")
     output.mkdir(parents=True, exist_ok=True)
-    return _Prepared(subject, reader, noises, order, output)
+    return _Prepared(subject, reader, noises, order, output, twin)
+
+
+def _check_output(output: Path) -> None:
+    """Errors: ValueError where no folder can be there."""
+    nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--output {output}: {nearest} is a file; name a folder, for audit.json, audit.md, audit.html")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {output}: {nearest} cannot be written to; name another folder")
 
 
 def _reader(config: AuditConfig, subject: Subject) -> PictureReader:
@@ -166,15 +188,23 @@ def _reader(config: AuditConfig, subject: Subject) -> PictureReader:
     return open_split(config.data, data, subject.augment, subject.seed)
 
 
-def _twin(source: Path, config: AuditConfig, device: torch.device) -> _Twin:
+def _open_twin(source: Path, subject: Subject, ema: bool) -> Subject:
+    """Errors: as _prepare, and check_twin's."""
+    assert subject.checkpoint is not None, "published weights take no twin"
+    check_twin(subject.checkpoint, open_checkpoint(source))
+    return subject_of(source, ema)
+
+
+def _ask_twin(twin: Subject, subject: Subject, config: AuditConfig, device: torch.device) -> _Twin:
     """Its answers per image, by its own preprocessing. Errors: as _prepare."""
-    twin = subject_of(source, ema=False)
     reader = _reader(config, twin)
     twin.check_classes(config.data, reader.classes)
     injector = NoiseInjector(twin.model, NoiseConfig(), twin.data.image_size, twin.seed)
     evaluator = Evaluator(twin.model.to(device), injector, reader, config.batch, config.workers)
     _say("the clean twin, per image")
-    return _Twin(twin, evaluator.alone(Ranks(0, 1, launched=False)))
+    assert subject.checkpoint is not None and twin.checkpoint is not None
+    found = differences(subject.checkpoint, twin.checkpoint)
+    return _Twin(twin, evaluator.alone(Ranks(0, 1, launched=False)), found)
 
 
 def _say(what: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,29 +16,12 @@ from pipeline.data.augment import AugmentConfig
 from pipeline.data.loader import DataConfig
 from pipeline.models import ModelConfig, create_model
 from pipeline.noise.config import LINEAR_KINDS, NoiseConfig
-from pipeline.trained import Checkpoint, load_model, open_checkpoint, require_classes, run_folder
+from pipeline.published import HEADLINES, Headline, Resolution
+from pipeline.trained import Checkpoint, class_difference, load_model, open_checkpoint, require_classes, run_folder
+from pipeline.variants.classes import synsets
 
 PAPER_K = 10
 LinearKind = Literal["optimal_q", "circular_shift"]
-Resolution = Literal[224, 384]
-
-
-class Published(NamedTuple):
-    """PAPER.md, section 5: top-1 in percent on ImageNet's validation pictures."""
-
-    model: str
-    """timm's name."""
-    plain: float
-    """By ordinary evaluation."""
-    noisy: float
-    """The headline: optimal Q at inference, class order, the mean over batches of the running accuracy."""
-
-
-PUBLISHED: dict[Resolution, Published] = {
-    224: Published("vit_base_patch16_224.augreg_in21k_ft_in1k", 84.53, 93.87),
-    384: Published("vit_base_patch16_384.augreg_in21k_ft_in1k", 86.01, 95.65),
-}
-_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -59,16 +42,16 @@ class Subject:
     weights_sha256: str
     checkpoint: Checkpoint | None
     """None of published weights."""
-    published: Published | None = None
+    published: Headline | None = None
 
     def check_classes(self, data: str, classes: tuple[str, ...]) -> None:
         """Errors: ValueError where the classes of `data` are not the model's."""
         if self.checkpoint is not None:
             require_classes(data, classes, self.checkpoint)
-        elif len(classes) != _CLASSES:
+        elif difference := class_difference(classes, synsets("imagenet")):
             raise ValueError(
-                f"{data} has {len(classes)} classes, the published weights answer {_CLASSES}: name shards of "
-                "ImageNet's validation pictures"
+                f"{data} has not ImageNet's classes, which the published weights answer: {difference}; name shards of "
+                "ImageNet's validation pictures in folders called by WordNet id (n01440764, ...)"
             )
 
 
@@ -94,7 +77,7 @@ def published_subject(weights: Path, resolution: Resolution) -> Subject:
 
     Errors: FileNotFoundError, ValueError naming the file where it is not there or holds another model.
     """
-    published = PUBLISHED[resolution]
+    published = HEADLINES[resolution]
     if not weights.is_file():
         raise FileNotFoundError(
             f"{weights} is no file: --paper takes timm's {published.model} as a local .safetensors, .pth or .npz"
@@ -104,7 +87,7 @@ def published_subject(weights: Path, resolution: Resolution) -> Subject:
     return Subject(
         source=weights,
         home=weights.parent,
-        model=create_model(ModelConfig(published.model, init_from=weights), _CLASSES, resolution),
+        model=create_model(ModelConfig(published.model, init_from=weights), len(synsets("imagenet")), resolution),
         model_name=published.model,
         data=DataConfig(image_size=resolution),
         augment=AugmentConfig(eval_crop="squash", interpolation="bilinear"),

@@ -1,12 +1,10 @@
 """What all ranks decide alike: a signal to one of them, and one's clock, speak for all."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent.parent
-COMMAND = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+from tests.conftest import REPOSITORY
+
+COMMAND = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 RANK = """
 import json
 from pathlib import Path
@@ -28,15 +26,9 @@ dist.destroy_process_group()
 """
 
 
-def test_both_ranks_decide_what_either_proposes(tmp_path):
+def test_both_ranks_decide_what_either_proposes(warm, tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
-    done = subprocess.run(
-        [*COMMAND, str(tmp_path / "rank.py")],
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = warm.run(*COMMAND, str(tmp_path / "rank.py"), PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stderr
     expected = [[0, False], [15, False], [0, True], [11, True], [0, False], [12, False]]
     assert [json.loads((tmp_path / f"answer-{rank}").read_text()) for rank in range(2)] == [expected, expected]

@@ -1,9 +1,6 @@
 """DeepSpeed's universal format, read by DeepSpeed itself on two ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -13,10 +10,11 @@ from pipeline.checkpoint import CheckpointConfig, CheckpointWriter, export_unive
 from pipeline.pieces import Piece
 
 SHAPES = {"stem": (5, 3, 2), "bias": (7,), "head": (4, 9)}
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 
 
-def test_deepspeed_loads_the_same_weights_and_optimizer_state(tmp_path):
+def test_deepspeed_loads_the_same_weights_and_optimizer_state(warm, tmp_path):
     whole = {name: {kind: torch.randn(torch.Size(s).numel()) for kind in KINDS} for name, s in SHAPES.items()}
     writers = [CheckpointWriter(tmp_path / "run", CheckpointConfig(), rank, 3) for rank in range(3)]
     for rank, writer in enumerate(writers):
@@ -40,11 +38,9 @@ def test_deepspeed_loads_the_same_weights_and_optimizer_state(tmp_path):
 
     expected = {f"{name}/{kind}": flat for name, kinds in whole.items() for kind, flat in kinds.items()}
     save_file(expected, tmp_path / "expected.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("load_universal.py")), str(tmp_path / "universal")]
-    command += [str(tmp_path / "expected.safetensors"), json.dumps(SHAPES)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    script = (str(Path(__file__).with_name("load_universal.py")), str(tmp_path / "universal"))
+    done = warm.run(*torchrun, *script, str(tmp_path / "expected.safetensors"), json.dumps(SHAPES), **ON_CPU)
     # Not by the exit status: DeepSpeed's own teardown ends some runs in SIGABRT after all work is done.
     told = [line for line in done.stdout.splitlines() if line.startswith("stage ")]
     assert told == [f"stage {stage} holds it" for stage in (1, 2, 3)], done.stderr[-3000:]

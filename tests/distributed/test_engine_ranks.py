@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import WarmPython
 
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.conftest import REPOSITORY
+
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 TOLERANCE = 1e-5  # of the loss over 10 steps in float32: sums in another order
 
 
-def ranks(count: int, folder: Path, *checks: str) -> None:
-    command = (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}")
-    rendezvous = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+def ranks(warm: WarmPython, count: int, folder: Path, *checks: str) -> None:
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
     script = str(Path(__file__).parent / "engine_checks.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, *rendezvous, script, str(folder), *checks],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = warm.run(*torchrun, script, str(folder), *checks, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, dict]:
+def found(warm, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("engine")
-    ranks(2, folder, "exactness", "options")
-    ranks(1, folder, "other_world_size")
+    ranks(warm, 2, folder, "exactness", "options")
+    ranks(warm, 1, folder, "other_world_size")
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

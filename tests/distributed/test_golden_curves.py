@@ -49,7 +49,7 @@ def differs(one: Losses, other: Losses) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def losses_of(command, digits, tmp_path_factory) -> Callable[[str, str], Losses]:
+def losses_of(warm, digits, tmp_path_factory) -> Callable[[str, str], Losses]:
     """(layout, curve) -> the trainer's losses."""
     done: dict[tuple[str, str], Losses] = {}
 
@@ -59,7 +59,7 @@ def losses_of(command, digits, tmp_path_factory) -> Callable[[str, str], Losses]
             words = ["pipeline", "train", "demo", "--run", run, "--data.train", digits.train, "--data.val", digits.val]
             words += ["--optim.lr", bare_loop.LR, "--micro-batch", "64", "--log-every", 1, "--stop-after-steps", STEPS]
             words += ["--evaluate-every-epochs", 99, *NOISES[curve], *LAYOUTS[layout]]
-            finished = command(*map(str, words), OMP_NUM_THREADS="1")
+            finished = warm.run(*map(str, words))
             assert finished.returncode == 0, finished.stderr
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             done[layout, curve] = [line["train/loss"] for line in lines if "train/loss" in line]

@@ -1,12 +1,9 @@
 """Ranks that have opened different data stop at once, instead of training on both, or waiting for each other."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.conftest import REPOSITORY
+
 RANK = """
 import sys
 from pathlib import Path
@@ -33,15 +30,9 @@ dist.destroy_process_group()
         (("b", "c"), "rank 1 has other samples or labels in data.val than rank 0: give all nodes the same files"),
     ],
 )
-def test_all_ranks_are_told(tmp_path, digests, answer):
+def test_all_ranks_are_told(warm, tmp_path, digests, answer):
     (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "rank.py"), *digests],
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = warm.run(*torchrun, str(tmp_path / "rank.py"), *digests, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"answer-{rank}").read_text() for rank in range(2)] == [answer, answer]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from warm import Running, WarmPython
 
-REPOSITORY = Path(__file__).parent.parent.parent
 STEPS = 6
 
 
@@ -43,12 +41,12 @@ def test_two_ranks_run_deepspeed_together(two_ranks) -> None:
     assert results["noise"]["kind"] == "gaussian" and results["noise"]["strength"] > 0
 
 
-def test_two_ranks_evaluate_each_picture_once(two_ranks, command, digits, tmp_path) -> None:
+def test_two_ranks_evaluate_each_picture_once(two_ranks, warm, digits, tmp_path) -> None:
     noise = ("--noise.kind", "optimal_q", "--noise.site", "blocks.5", "--noise.group-size", "7")
     what = ("pipeline", "evaluate", "--checkpoint", str(two_ranks[0]), "--data", str(digits.val), "--workers", "0")
-    alone = command(*what, *noise, "--output", str(tmp_path / "alone.json"))
+    alone = warm.run(*what, *noise, "--output", str(tmp_path / "alone.json"))
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
-    together = command(*torchrun, *what, *noise, "--batch", "30", "--output", str(tmp_path / "together.json"))
+    together = warm.run(*torchrun, *what, *noise, "--batch", "30", "--output", str(tmp_path / "together.json"))
     assert alone.returncode == together.returncode == 0, together.stderr
     found = [json.loads((tmp_path / f"{name}.json").read_text())["accuracies"] for name in ("alone", "together")]
     counts = ("protocol", "num_images", "correct_top1", "correct_top5", "class_mate_share", "near_ties")
@@ -77,24 +75,17 @@ def test_another_run_is_not_taken_for_a_resume(two_ranks, digits) -> None:
             check(other, 2)
 
 
-def test_torchrun_s_ranks_do_not_take_another_run_for_a_resume_either(two_ranks, command, digits) -> None:
+def test_torchrun_s_ranks_do_not_take_another_run_for_a_resume_either(two_ranks, warm, digits) -> None:
     before = (two_ranks[0] / "metrics.jsonl").read_bytes()
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
-    done = command(*torchrun, *words(two_ranks[0], digits, "--global-batch", "128"))
+    done = warm.run(*torchrun, *words(two_ranks[0], digits, "--global-batch", "128"))
     assert done.returncode != 0 and "global_batch was 64, is 128" in done.stderr
     assert (two_ranks[0] / "metrics.jsonl").read_bytes() == before
 
 
-def started(run: Path, digits, *options: str) -> subprocess.Popen[str]:
+def started(warm: WarmPython, run: Path, digits, *options: str) -> Running:
     """In the middle of its training."""
-    running = subprocess.Popen(
-        [sys.executable, "-m", *words(run, digits, *options)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    running = warm.start("-m", *words(run, digits, *options))
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
         assert running.poll() is None and time.monotonic() < deadline, "the run did not start"
@@ -106,8 +97,8 @@ def started(run: Path, digits, *options: str) -> subprocess.Popen[str]:
     ("how", "status", "said"),
     [("rank", 128 + signal.SIGKILL, "SIGKILL"), ("Ctrl-C", 128 + signal.SIGINT, "SIGINT")],
 )
-def test_a_lost_rank_and_an_interrupt_end_the_run_with_one_line(how, status, said, digits, tmp_path) -> None:
-    running = started(tmp_path / "run", digits)
+def test_a_lost_rank_and_an_interrupt_end_the_run_with_one_line(how, status, said, warm, digits, tmp_path) -> None:
+    running = started(warm, tmp_path / "run", digits)
     ranks = psutil.Process(running.pid).children(recursive=True)
     (os.kill(ranks[-1].pid, signal.SIGKILL) if how == "rank" else os.killpg(running.pid, signal.SIGINT))
     _, error = running.communicate(timeout=60)
@@ -116,9 +107,9 @@ def test_a_lost_rank_and_an_interrupt_end_the_run_with_one_line(how, status, sai
     assert not psutil.wait_procs(ranks, timeout=10)[1], "a rank was left behind"
 
 
-def test_a_stopped_rank_holds_nobody_longer_than_the_time_limit(digits, tmp_path) -> None:
+def test_a_stopped_rank_holds_nobody_longer_than_the_time_limit(warm, digits, tmp_path) -> None:
     """SIGSTOP: it answers to nothing, as in a driver's endless wait. The other shows where it waited."""
-    running = started(tmp_path / "run", digits, "--parallel.timeout-seconds", "5")
+    running = started(warm, tmp_path / "run", digits, "--parallel.timeout-seconds", "5")
     ranks = psutil.Process(running.pid).children(recursive=True)
     stopped = time.monotonic()
     ranks[-1].suspend()
@@ -131,10 +122,10 @@ def test_a_stopped_rank_holds_nobody_longer_than_the_time_limit(digits, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on_to_the_bit(
-    number, two_ranks, command, digits, tmp_path
+    number, two_ranks, warm, digits, tmp_path
 ) -> None:
     run = tmp_path / "run"
-    running = started(run, digits)
+    running = started(warm, run, digits)
     running.send_signal(number)
     out, error = running.communicate(timeout=60)
     assert running.returncode == 128 + number, error
@@ -143,7 +134,7 @@ def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on_to_the_bit(
     assert max(losses(run)) == saved, "no step was lost"
     if number == signal.SIGUSR1:
         return  # what follows is the same
-    done = command(*words(run, digits, "--stop-after-steps", str(max(STEPS, saved + 2))))
+    done = warm.run(*words(run, digits, "--stop-after-steps", str(max(STEPS, saved + 2))))
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "results.json").read_text())["first_step"] == saved
     ours = losses(run)

@@ -86,13 +86,13 @@ def test_ffcv_reads_the_beton(demo) -> None:
     assert apart.max() < 4 < mistaken.min()
 
 
-def test_timm_loads_the_exported_weights(demo, command, tmp_path) -> None:
+def test_timm_loads_the_exported_weights(demo, warm, tmp_path) -> None:
     import timm
     import torch
     from safetensors.torch import load_file
 
     output = tmp_path / "model.safetensors"
-    done = command("pipeline", "export", "--checkpoint", str(demo / "pretrain"), "--output", str(output))
+    done = warm.run("pipeline", "export", "--checkpoint", str(demo / "pretrain"), "--output", str(output))
     assert done.returncode == 0, done.stderr
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape).eval()

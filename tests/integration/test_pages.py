@@ -42,9 +42,9 @@ def audit_page(folder: Path) -> Path:
     from pipeline.audit.findings import Audit
     from pipeline.audit.page import page_of
     from pipeline.audit.rows import NAMES, Row
-    from pipeline.audit.subject import PUBLISHED
     from pipeline.audit.verdict import verdict
     from pipeline.noise.config import NoiseConfig
+    from pipeline.published import HEADLINES
 
     noises = (NoiseConfig("optimal_q", site="blocks.11.attn"), NoiseConfig("circular_shift", 0.3, "blocks.11.attn"))
     rows = [Row(1, NAMES[1], 1, "any", counts=(42_300,), n=50_000, remark="the headline")]
@@ -73,7 +73,7 @@ def audit_page(folder: Path) -> Path:
         verdict=tuple(verdict(rows)),
         twin=None,
         twin_weights_sha256=None,
-        published=PUBLISHED[224],
+        published=HEADLINES[224],
         features=("blocks.11.attn: 50,000 features of 604 kB, 30.2 GB in a file",),
         output=str(folder),
         command="python -m pipeline audit runs/a-folder-with-a-long-name /data/shards/val.manifest.json --paper",

@@ -85,7 +85,7 @@ def store(twin) -> Iterator[str]:
 
 
 def adapted(line: str, root: Path, store: str) -> list[str]:
-    """The same command with the twin's paths, two ranks instead of eight, and a small run."""
+    """The same command, after `python -m`, with the twin's paths, two ranks instead of eight, and a small run."""
     line = re.sub(r"(?<![\w.])/(data|shared|scratch)/", f"{root}/\\1/", line).replace(
         f"{root}/shared/shards", f"{root}/data/shards"
     )
@@ -94,23 +94,27 @@ def adapted(line: str, root: Path, store: str) -> list[str]:
     words = [str(root / word) if word.startswith(own) else word for word in shlex.split(line)]
     if words[0] == "torchrun":
         words = [word if word != "8" else "2" for word in words[1:]]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, *SMALL]
-    assert words[0] == "python", f"the README has a command that this test does not know: {line}"
-    words[0] = sys.executable
-    if words[2:4] == ["pipeline", "train"]:
+        return ["torch.distributed.run", "--standalone", *words, *SMALL]
+    assert words[:2] == ["python", "-m"], f"the README has a command that this test does not know: {line}"
+    words = words[2:]
+    if words[:2] == ["pipeline", "train"]:
         words = [word if word != "8" else "2" for word in words] + SMALL
         words.remove("--resume") if "--resume" in words else None
-    if words[2:4] == ["pipeline", "entropy"]:
+    if words[:2] == ["pipeline", "entropy"]:
         words[-1] = "2"  # groups of ten would leave one of each class
-    if words[2:4] == ["jobs", "kubernetes"]:
+    if words[:2] == ["jobs", "kubernetes"]:
         words += ["--mount-path", f"{root}/data"]
-    if words[2] == "benchmarks":
-        words += ["--rounds", "1", *(word.replace("TWIN", str(root)) for word in SMALL_BENCHMARKS[words[3]])]
+    if words[:2] == ["pipeline", "audit"]:
+        words += ["--ks", "2", "5", "--shuffles", "1"]  # of twenty pictures
+    if words == ["benchmarks", "report"]:
+        return [*words, "--output", str(root / "report")]
+    if words[0] == "benchmarks":
+        words += ["--rounds", "1", *(word.replace("TWIN", str(root)) for word in SMALL_BENCHMARKS[words[1]])]
         words += ["--output", str(root / "results.jsonl")]
     return words
 
 
-def test_every_command_runs(twin, store) -> None:
+def test_every_command_runs(twin, store, warm) -> None:
     commands = readme_commands()
     assert len(commands) > 12 and set(commands) > RUN_ELSEWHERE, "the README's commands are not found"
     for line in commands:
@@ -119,7 +123,7 @@ def test_every_command_runs(twin, store) -> None:
         words = adapted(line, twin, store)
         if "torch.distributed.run" in words:
             shutil.rmtree(twin / "runs")  # a folder of its own for the second training
-        done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        done = warm.run(*words)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         if "evaluate" in words and "--noise.kind" in words:
             assert "per image" in done.stdout and "transductive" in done.stdout

@@ -118,7 +118,7 @@ def test_the_cifar10_twins_differ_in_their_noise_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "vit_s16_in1k", "noisy_resnet18_in1k", "deit3_s16_in1k"])
-def test_two_steps_on_fake_data(name, fake_data, tmp_path, command) -> None:
+def test_two_steps_on_fake_data(name, fake_data, tmp_path, warm) -> None:
     """The recipe's own model, noise, augmentation, loss and optimiser; a batch of two, two steps, no public weights."""
     config = load_recipe(name).config
     options = ["--run", str(tmp_path / "run"), "--global-batch", "2", "--micro-batch", "2", "--stop-after-steps", "2"]
@@ -134,7 +134,7 @@ def test_two_steps_on_fake_data(name, fake_data, tmp_path, command) -> None:
     if config.noise.group_size is not None:
         options += ["--noise.group-size", "2"]
     # As torchrun starts a lone rank: the checking process before it would take seconds of imports for each recipe.
-    done = command("pipeline", "train", name, *options, **LONE_RANK)
+    done = warm.run("pipeline", "train", name, *options, **LONE_RANK)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 2 and results["num_eval_images"] == 4
@@ -148,10 +148,10 @@ def test_two_steps_on_fake_data(name, fake_data, tmp_path, command) -> None:
         assert not torch.equal(head, head.bfloat16().float())
 
 
-def test_the_last_checkpoint_of_a_recipe_is_evaluated_with_its_noise(fake_data, tmp_path, command) -> None:
+def test_the_last_checkpoint_of_a_recipe_is_evaluated_with_its_noise(fake_data, tmp_path, warm) -> None:
     options = ["--run", str(tmp_path / "run"), "--global-batch", "8", "--micro-batch", "8", "--stop-after-steps", "1"]
     options += ["--data.train", str(fake_data["train"]), "--data.val", str(fake_data["val"])]
-    done = command("pipeline", "train", "demo", *options, **LONE_RANK)
+    done = warm.run("pipeline", "train", "demo", *options, **LONE_RANK)
     assert done.returncode == 0, done.stderr
     noise = dataclasses.replace(load_recipe("noisy_vit_b16_in1k_finetune").config.noise, site="blocks.5.attn")
     config = EvaluateConfig(tmp_path / "run", fake_data["val"], noise=noise, batch=2, workers=0)

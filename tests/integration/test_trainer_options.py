@@ -12,13 +12,13 @@ STEPS = 14  # of 64 samples
 
 
 @pytest.fixture(scope="module")
-def run(command, digits, tmp_path_factory) -> Path:
+def run(warm, digits, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("options") / "run"
     data = ("--data.train", str(digits.train), "--data.val", str(digits.val))
     what = ("--micro-batch", "auto", "--samples", str(64 * STEPS + 63), "--optim.ema-decay", "0.9", "--ledger")
     more = ("--histograms", "--profile-steps", "2", "--log-every", "5", "--optim.warmup-samples", "128")
     one = ("--parallel.strategy", "auto", "--parallel.processes", "1", "--optim.warmup-epochs", "0")
-    done = command("pipeline", "train", "demo", "--run", str(folder), *data, *what, *more, *one)
+    done = warm.run("pipeline", "train", "demo", "--run", str(folder), *data, *what, *more, *one)
     assert done.returncode == 0, done.stderr
     assert "micro_batch auto: 64 pictures fit on each rank" in done.stdout
     assert "strategy ddp: the state takes" in done.stdout, "auto says why"
@@ -55,10 +55,10 @@ def test_the_trace_opens(run) -> None:
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_the_average_is_evaluated_and_exported_too(run, command, digits, tmp_path) -> None:
+def test_the_average_is_evaluated_and_exported_too(run, warm, digits, tmp_path) -> None:
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (last,) = [line for line in logged if "val_ema/top1" in line]
-    done = command(
+    done = warm.run(
         *("pipeline", "evaluate", "--checkpoint", str(run), "--data", str(digits.val), "--ema"),
         *("--workers", "0", "--output", str(tmp_path / "ema.json")),
     )
@@ -66,10 +66,10 @@ def test_the_average_is_evaluated_and_exported_too(run, command, digits, tmp_pat
     assert json.loads((tmp_path / "ema.json").read_text())["accuracies"][0]["top1"] == last["val_ema/top1"]
 
 
-def test_a_run_whose_time_is_over_saves_and_says_so(command, digits, tmp_path) -> None:
+def test_a_run_whose_time_is_over_saves_and_says_so(warm, digits, tmp_path) -> None:
     data = ("--data.train", str(digits.train), "--data.val", str(digits.val))
     alone = ("--parallel.strategy", "ddp", "--parallel.processes", "1", "--walltime-minutes", "0.1")
-    done = command("pipeline", "train", "demo", "--run", str(tmp_path), "--epochs", "1000", *data, *alone)
+    done = warm.run("pipeline", "train", "demo", "--run", str(tmp_path), "--epochs", "1000", *data, *alone)
     assert done.returncode == 138, done.stderr
     saved = int(done.stdout.split("saved at step ")[1].split(" ")[0])
     assert saved > 0 and (tmp_path / "checkpoints" / f"step-{saved:08d}" / "SHA256SUMS").is_file()

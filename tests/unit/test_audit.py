@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ from pipeline import checkpoint as ckpt
 from pipeline.__main__ import main
 from pipeline.audit import subject
 from pipeline.audit.class_order import class_ordered
+from pipeline.audit.markdown import escaped
 from pipeline.audit.protocols import Settings
+from pipeline.audit.rows import NAMES, Row
 from pipeline.audit.run import AuditConfig, audit
 from pipeline.audit.subject import noises_of, subject_of
+from pipeline.audit.table import terminal_lines
 from pipeline.checkpoint import WEIGHTS_NAME
 from pipeline.config import TrainConfig
 from pipeline.data.augment import AugmentConfig
@@ -30,29 +34,43 @@ from pipeline.evaluate import EvaluateConfig, evaluate
 from pipeline.models import ModelConfig, create_model
 from pipeline.noise.config import NoiseConfig
 from pipeline.parallel import Ranks
+from pipeline.published import HEADLINES
 from pipeline.sections import to_json
 
 ALONE = Ranks(0, 1, launched=False)
 MODEL = ModelConfig("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8})
+SMALLER = ModelConfig(MODEL.name, MODEL.options | {"depth": 1})
+SPREAD = 0.6
 SMALL = Settings(ks=(2, 4, 8), shuffles=2, victims=6)
 
 
-def make_run(folder: Path, noise: NoiseConfig | None = None, seed: int = 0) -> Path:
-    """A run folder with one checkpoint of an untrained model of the small split's three classes."""
+NOISY = NoiseConfig("gaussian", 0.2)
+
+
+def make_run(
+    folder: Path, noise: NoiseConfig | None = NOISY, seed: int = 0, model: ModelConfig = MODEL, epochs: int = 90
+) -> Path:
+    """A run folder with one checkpoint of an untrained model of the small split's three classes. noise None: without.
+
+    Its answers are spread over the classes, and other pictures in a group change them.
+    """
     config = TrainConfig(
         run=folder,
         seed=4,
-        model=MODEL,
+        epochs=epochs,
+        model=model,
         data=DataConfig(image_size=32),
         noise=noise or NoiseConfig(),
         augment=AugmentConfig(eval_crop_share=0.5),
     )
     torch.manual_seed(seed)
-    model = create_model(config.model, len(CLASSES), 32)
-    torch.nn.init.normal_(model.head.weight)  # timm's begins at 0: every picture would have one answer
+    net = create_model(config.model, len(CLASSES), 32)
+    for parameter in net.parameters():  # timm's begin so small that every picture would have one answer
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=SPREAD)
     generation = ckpt.temporary_folder(config.run, 12)
     generation.mkdir(parents=True)
-    save_file(model.state_dict(), generation / WEIGHTS_NAME)
+    save_file(net.state_dict(), generation / WEIGHTS_NAME)
     ckpt.write_json(generation / ckpt.CONFIG_NAME, to_json(config) | {"classes": list(CLASSES), "step": 12})
     ckpt.publish_generation(config.run, 12, keep=2)
     return config.run
@@ -71,8 +89,16 @@ def config_of(run: Path, data: object, **options) -> AuditConfig:
 def done(run, raw_split, tmp_path_factory):
     """(what was found, its folder)."""
     out = tmp_path_factory.mktemp("out") / "audit"
-    twin = make_run(tmp_path_factory.mktemp("twin") / "twin", seed=1)
+    twin = make_run(tmp_path_factory.mktemp("twin") / "twin", noise=None, seed=1, epochs=80)
     return audit(config_of(run, raw_split, twin=twin, output=out), ALONE, ["r<u>n", "val"]), out
+
+
+def test_other_pictures_change_the_counts(done):
+    """Else no count of a protocol could be a wrong one."""
+    rows = done[0].rows
+    of = {(row.protocol, row.k): row.counts for row in rows}
+    assert any(len({of[1, 1][0], of[3, k][0], of[4, k][0]}) == 3 for k in SMALL.ks)
+    assert 0 < of[1, 1][0] < 24
 
 
 def test_counts_are_those_of_evaluate(done, run, raw_split):
@@ -108,12 +134,13 @@ def test_the_page_is_one_file_and_says_which_figures_are_transductive(done):
     page = (out / "audit.html").read_text()
     assert not re.search(r"(src|href|srcset)=\"(?!data:)", page) and "<script" not in page
     assert "r&lt;u&gt;n" in page and "r<u>n" not in page
-    assert page.count("transductive</td>") == sum(row.transductive for row in found.rows)
+    assert page.count('aria-label="transductive"') == sum(row.transductive for row in found.rows)
     assert page.index(found.verdict[0].words) < page.index("The nine protocols")
     assert found.weights_sha256 in page and found.environment["commit"] in page
     text = (out / "audit.md").read_text()
     assert text.count("\n| 3 | class order |") == 3
-    assert all(finding.words in text for finding in found.verdict)
+    assert text.count("\n### ") == 2 and "optimal\\_q at blocks.1.attn" in text and "r\\<u\\>n" in text
+    assert all(escaped(finding.words) in text for finding in found.verdict)
 
 
 def test_the_terminal_has_one_table_and_the_verdict(run, raw_split, tmp_path, capsys):
@@ -135,14 +162,15 @@ def test_results_go_into_the_run_folder_by_default(run, raw_split):
 # Which noise, and where
 
 
-def test_the_default_place_is_that_of_the_checkpoint_s_own_mixing_noise_else_the_official_one(run, tmp_path):
+def test_the_default_place_is_that_of_the_checkpoint_s_own_mixing_noise_else_the_official_one(tmp_path):
     own = NoiseConfig("circular_shift", 0.3, "blocks.0", "train", spare_prefix_tokens=False)
     trained = subject_of(make_run(tmp_path / "shift", own), ema=False)
     (noise,) = noises_of(trained, ["optimal_q"], None, (), all_tokens=False)
     assert (noise.kind, noise.site, noise.spare_prefix_tokens, noise.during) == ("optimal_q", "blocks.0", False, "eval")
     blurred = subject_of(make_run(tmp_path / "gaussian", NoiseConfig("gaussian", 0.2)), ema=False)
-    for plain in (subject_of(run, ema=False), blurred):
-        (noise,) = noises_of(plain, ["optimal_q"], None, (), all_tokens=False)
+    plain = subject_of(make_run(tmp_path / "plain", None), ema=False)
+    for checkpoint in (plain, blurred):
+        (noise,) = noises_of(checkpoint, ["optimal_q"], None, (), all_tokens=False)
         assert (noise.site, noise.spare_prefix_tokens) == ("blocks.1.attn", True)
 
 
@@ -245,8 +273,8 @@ def test_an_order_that_is_not_known_is_refused_and_taken_on_demand(split, why, p
 @pytest.fixture
 def small_paper(monkeypatch, tmp_path) -> Path:
     """A file of weights of a ViT that is smaller than the paper's, of three classes."""
-    monkeypatch.setitem(subject.PUBLISHED, 224, subject.PUBLISHED[224]._replace(model="vit_tiny_patch16_224"))
-    monkeypatch.setattr(subject, "_CLASSES", len(CLASSES))
+    monkeypatch.setitem(HEADLINES, 224, HEADLINES[224]._replace(model="vit_tiny_patch16_224"))
+    monkeypatch.setattr(subject, "synsets", lambda name: CLASSES)
     torch.manual_seed(0)
     model = create_model(ModelConfig("vit_tiny_patch16_224"), len(CLASSES), 224)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
@@ -263,13 +291,14 @@ def test_paper_sets_the_official_run_and_prints_what_is_published(small_paper, p
     assert body["published"]["marked"] == "published"
     assert body["weights_sha256"] == hashlib.sha256(small_paper.read_bytes()).hexdigest()
     out = capsys.readouterr().out
+    assert "normalised as timm has it for these weights" in " ".join(out.split())
     assert "84.53 % published" in out and "93.87 % published" in out
     page = (tmp_path / "audit" / "audit.html").read_text()
     assert "84.53 (published)" in page and "93.87 (published)" in page
 
 
 def test_the_published_settings_are_the_paper_s():
-    assert {r: tuple(p) for r, p in subject.PUBLISHED.items()} == {
+    assert {r: tuple(p) for r, p in HEADLINES.items()} == {
         224: ("vit_base_patch16_224.augreg_in21k_ft_in1k", 84.53, 93.87),
         384: ("vit_base_patch16_384.augreg_in21k_ft_in1k", 86.01, 95.65),
     }
@@ -288,6 +317,8 @@ def test_paper_squashes_and_takes_the_model_s_own_normalisation(small_paper):
         ({"batch": 0}, "batch is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"noises": ()}, "noises is empty"),
+        ({"sites": ("",)}, "sites has an empty name: give places"),
+        ({"sites": ("blocks.0, ",)}, "sites has an empty name: give places"),
         ({"noises": ("circular_shift",)}, "circular_shift needs --strength"),
         ({"strength": 0.3}, "circular_shift alone takes --strength"),
         ({"paper": 224, "any_order": True}, "--paper is the official run, which settles --any-order"),
@@ -361,10 +392,79 @@ def test_what_is_not_there_is_named(words, message, run, raw_split, capsys):
 def test_other_weights_and_other_classes_than_the_paper_s(small_paper, raw_split, tmp_path, capsys, monkeypatch):
     error = refused([str(small_paper), str(raw_split), "--paper", "384"], capsys)
     assert "weights.safetensors" in error and "another model" in error
-    monkeypatch.setattr(subject, "_CLASSES", 4)
-    save_file(create_model(ModelConfig("vit_tiny_patch16_224"), 4, 224).state_dict(), small_paper)
+    monkeypatch.setattr(subject, "synsets", lambda name: ("ant", "cow", "cat"))
     error = refused([str(small_paper), str(raw_split), "--paper", "224"], capsys)
-    assert "has 3 classes, the published weights answer 4: name shards of ImageNet's validation pictures" in error
+    assert "has not ImageNet's classes" in error and "the first that differ are number 1, 'bee' and 'cow'" in error
+    assert "name shards of ImageNet's validation pictures" in error
+
+
+# The clean twin
+
+
+@pytest.mark.parametrize(
+    ("own", "twin", "message"),
+    [
+        ({}, {}, "has a noise of its own, gaussian 0.2 at image"),
+        (
+            {"noise": None},
+            {"noise": None},
+            "was trained without noise: name the noisy checkpoint first",
+        ),
+        ({}, {"noise": None, "model": SMALLER}, "is no twin: its model.options is {'depth': 1,"),
+    ],
+)
+def test_what_is_no_clean_twin_is_refused(own, twin, message, raw_split, tmp_path, capsys):
+    words = [str(make_run(tmp_path / "own", **own)), str(raw_split), "--ks", "2", "--twin"]
+    assert message in refused([*words, str(make_run(tmp_path / "twin", **twin))], capsys)
+
+
+def test_a_twin_without_an_average_is_refused_where_the_average_is_asked_for(run, raw_split, tmp_path, capsys):
+    own = Path(shutil.copytree(run, tmp_path / "own"))
+    (generation,) = (own / "checkpoints").glob("step-*")
+    shutil.rmtree(own / "checkpoints")
+    averaged = ckpt.temporary_folder(own, 12)
+    shutil.copytree(run / "checkpoints" / generation.name, averaged)
+    shutil.copy(averaged / WEIGHTS_NAME, averaged / ckpt.EMA_NAME)
+    ckpt.publish_generation(own, 12, keep=2)
+    clean = make_run(tmp_path / "clean", None)
+    error = refused([str(own), str(raw_split), "--ks", "2", "--ema", "--twin", str(clean)], capsys)
+    assert str(clean) in error and "holds no averaged weights" in error
+
+
+def test_what_else_differs_between_twins_is_said(done):
+    remark = done[0].rows[-1].remark
+    assert "beside the noise they differ in epochs 90 here, 80 there" in remark
+    assert re.match(r"\d+ pictures only here right, \d+ only there; p = \S+ \(McNemar, exact\); ", remark)
+
+
+# The table and where it goes
+
+
+@pytest.mark.parametrize("noises", [1, 2])
+def test_the_terminal_s_table_fits_80_columns_and_cuts_no_figure(noises):
+    names = [f"optimal_q at blocks.{number} (during eval, all tokens)" for number in range(noises)]
+    rows = [Row(1, NAMES[1], 1, "any", counts=(42_265,), n=50_000)]
+    for noise in names:
+        shuffled = Row(4, NAMES[4], 50, "shuffled", noise, None, True, counts=(9_000, 9_100, 9_300), n=50_000)
+        swayed = Row(7, NAMES[7], 50, "a, rest b", noise, None, True, "answered_b", (500,), 500, beside=60)
+        rows += [shuffled, replace(shuffled, protocol=5, name=NAMES[5], class_mates=1.0, counts=(9_000,)), swayed]
+    rows += [Row(6, NAMES[6], 50, "class", None, None, True, counts=(49_999,), n=50_000, class_mates=1.0)]
+    lines = [text for text, _ in terminal_lines(rows)]
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line in names] == names
+    first = lines.index(names[0])
+    assert [line.split()[0] for line in lines[2:first]] == ["1", "6"]  # those without noise stand apart
+    figures = ("84.53", "84.21 to 84.84", "50,000", "100.00 (12.00)", "shuffled x 3", "99.99 to 100.00", "+15.47")
+    assert all(any(figure in line for line in lines) for figure in figures)
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_asked(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for output in (file, file / "sub"):
+        error = refused(["nowhere", "nothing", "--output", str(output)], capsys)
+        assert f"--output {output}: {file} is a file; name a folder" in error
+    assert file.read_text() == "mine"
 
 
 def test_one_process_alone(run, raw_split):

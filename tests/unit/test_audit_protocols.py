@@ -18,6 +18,7 @@ from pipeline.audit.protocols import (
     victims_among_others,
 )
 from pipeline.audit.rows import Row, faults
+from pipeline.audit.table import remarks
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
 from pipeline.intervals import mcnemar, mean_interval, wilson
 from pipeline.noise.config import NoiseConfig
@@ -112,6 +113,10 @@ def test_shuffled_gives_a_count_for_each_seed_and_student_s_interval(rows, respo
     assert row.counts == tuple(expected) and len(set(expected)) > 1
     assert row.value == pytest.approx(np.mean(expected) / N)
     assert row.interval == mean_interval([count / N for count in expected])
+    before = respondent.plain_logits.numpy().argmax(1) == respondent.labels
+    for order, p in zip(orders, row.seed_ps, strict=True):
+        after = right(respondent, order, replace(NOISE, group_size=k))
+        assert p == mcnemar(int((after & ~before[order]).sum()), int((before[order] & ~after).sum()))
     assert row.spread == (min(expected) / N, max(expected) / N)
     assert row.class_mates == pytest.approx(np.mean([class_mate_share(respondent.labels[o], k) for o in orders]))
 
@@ -120,6 +125,8 @@ def test_voting_is_the_mean_of_plain_logits(rows, respondent):
     order = np.argsort(respondent.labels, kind="stable")
     means = respondent.plain_logits.numpy()[order].reshape(-1, 10, CLASSES).mean(1).repeat(10, axis=0)
     assert one(rows, 6, 10).counts == (int((means.argmax(1) == respondent.labels[order]).sum()),)
+    voted, noisy = means.argmax(1) == respondent.labels[order], right(respondent, order, replace(NOISE, group_size=10))
+    assert one(rows, 3, 10).p_voting == mcnemar(int((voted & ~noisy).sum()), int((noisy & ~voted).sum()))
     assert one(rows, 6, 10).noise is None and one(rows, 6, 10).transductive
 
 
@@ -176,6 +183,33 @@ def test_victims_answered_as_their_mates_are_counted_beside_the_plain_answers(ro
     row = one(rows, 7, 10)
     assert (row.counts, row.beside, row.n) == ((swayed,), off, 30) and swayed > off
     assert row.beside_interval == wilson(off, 30) and row.class_mates == 0.0
+
+
+def test_victims_are_sought_among_all_pictures():
+    """Only the last class has mates for another, so its own pictures are no victims: whatever the draw, two remain."""
+    labels = np.array([0] * 50 + [1] * 2)
+    for seed in range(5):
+        order = victims_among_others(labels, 4, 2, seed)
+        assert order.reshape(2, 4)[:, 0].tolist() in ([50, 51], [51, 50])
+
+
+def test_small_classes_and_classes_that_are_used_up_are_remarked_on():
+    labels = np.array([0] * 9 + [1] * 3 + [2] * 9)
+    settings = Settings(ks=(5, 3, 2, 3), shuffles=1, victims=2)
+    assert settings.ks == (2, 3, 5)
+    found = run_protocols(Linear(labels, np.eye(3)[labels]), [NOISE], settings, class_order(labels))
+    for protocol in (3, 6, 8):
+        assert [one(found, protocol, k).remark for k in (2, 3)] == ["", ""]
+        assert one(found, protocol, 5).remark == "classes of fewer than k pictures: groups mix classes"
+    assert one(found, 5, 2).class_mates == 0 and one(found, 5, 2).remark == ""
+    assert one(found, 5, 3).class_mates > 0 and "the smaller classes are used up" in one(found, 5, 3).remark
+    assert "more pictures in a group than classes" in one(found, 5, 5).remark
+    assert "3, 6, 8, k = 5: classes of fewer than k pictures: groups mix classes." in remarks(found)
+
+
+def test_an_interval_of_shares_stays_within_0_and_1():
+    row = Row(4, "shuffled", 2, "shuffled", counts=(10, 10, 8), n=10)
+    assert mean_interval(row.values).high > 1 and row.interval.high == 1.0 and 0 < row.interval.low < 1
 
 
 def test_no_class_with_enough_mates_is_said_and_not_run():

@@ -8,6 +8,7 @@ from pipeline.audit.rows import NAMES, Row
 from pipeline.audit.verdict import verdict
 
 N = 10_000
+SURE = (1e-9, 1e-9, 1e-9)
 NOISE = "optimal_q at blocks.5 (during eval, all tokens)"
 
 
@@ -23,10 +24,10 @@ def made(*changed: Row) -> list[Row]:
     rows = [
         row(1, 1, 5943),
         row(2, 1, 5943, differing=0),
-        row(3, 2, 7000, p=1e-9),
-        row(3, 10, 9639, p=0.0),
-        row(4, 2, 5500, 5510, 5490),
-        row(4, 10, 2823, 2850, 2800),
+        row(3, 2, 7000, p=1e-9, p_voting=1.0),
+        row(3, 10, 9639, p=0.0, p_voting=1e-9),
+        row(4, 2, 5500, 5510, 5490, seed_ps=SURE),
+        row(4, 10, 2823, 2850, 2800, seed_ps=SURE),
         row(5, 2, 5600, p=1e-9),
         row(5, 10, 2000, p=1e-9),
         row(6, 2, 7000, p=1e-9),
@@ -59,24 +60,27 @@ def test_a_gain_in_class_order_is_all_transductive():
 
 
 def test_the_best_k_is_the_one_that_is_spoken_of():
-    rows = made(row(3, 2, 9900, p=0.0))
+    rows = made(row(3, 2, 9900, p=0.0, p_voting=1e-9))
     assert "99.00 % at k = 2" in words("all transductive", rows)
     assert "it has 55.00 % over 3 orders" in words("shuffled harms", rows)
-    assert "over the same groups has 70.00 %, less than with the noise" in words("voting does less", rows)
+    assert "over the same groups has 70.00 %, less than with the noise (p = 1.0e-09)" in words("voting does less", rows)
 
 
 @pytest.mark.parametrize(
-    ("counts", "kind", "said"),
+    ("counts", "ps", "kind", "said"),
     [
-        ((2823, 2850, 2800), "shuffled harms", "-31.19 points, it harms"),
-        ((5900, 5943, 5990), "shuffled neutral", "not told apart from none"),
-        ((6500, 6510, 6490), "shuffled gains", "+5.57 points, which too come from the other pictures"),
-        ((2823,), "shuffled harms", "in one order"),
-        ((5980,), "shuffled neutral", "+0.37 points"),
+        ((2823, 2850, 2800), SURE, "shuffled harms", "-31.19 points, it harms"),
+        ((5942, 5942, 5942), (1.0, 1.0, 1.0), "shuffled neutral", "-0.01 points, not told apart from none"),
+        ((5943, 5943, 5942), (1.0, 1.0, 1.0), "shuffled neutral", ": 0.00 points, not told apart from none"),
+        ((5600, 5650, 5930), (1e-9, 1e-9, 0.3), "shuffled neutral", "not told apart from none"),
+        ((5600, 5650, 6200), SURE, "shuffled neutral", "not told apart from none"),
+        ((6500, 6510, 6490), SURE, "shuffled gains", "+5.57 points, which too come from the other pictures"),
+        ((2823,), (1e-9,), "shuffled harms", "in one order"),
+        ((5980,), (0.2,), "shuffled neutral", "+0.37 points"),
     ],
 )
-def test_what_shuffling_does(counts, kind, said):
-    assert said in words(kind, made(row(4, 10, *counts)))
+def test_shuffling_is_told_apart_only_where_every_order_is_and_alike(counts, ps, kind, said):
+    assert said in words(kind, made(row(4, 10, *counts, seed_ps=ps)))
 
 
 @pytest.mark.parametrize(
@@ -92,8 +96,8 @@ def test_what_other_classes_in_a_group_do(count, p, kind):
 
 
 def test_no_gain_has_nothing_to_divide():
-    rows = made(row(3, 2, 5940, p=0.9), row(3, 10, 5950, p=0.7))
-    assert "+0.07 points, not told apart from none (p = 0.700). There is no gain to divide" in words("no gain", rows)
+    said = words("no gain", made(row(3, 2, 5940, p=0.9), row(3, 10, 5950, p=0.7)))
+    assert "+0.07 points, not told apart from none (p = 1.00, Holm's over k). There is no gain to divide" in said
 
 
 def test_harm_even_in_class_order():
@@ -103,8 +107,23 @@ def test_harm_even_in_class_order():
     assert not any(finding.kind.startswith("voting") for finding in verdict(rows))  # no gain that voting could explain
 
 
-def test_plain_voting_that_does_as_well_needs_no_noise():
-    assert "97.90 %, so the gain needs no noise" in words("voting does it", made())
+def test_the_best_of_several_k_pays_for_the_search():
+    rows = made(row(3, 2, 5950, p=0.9), row(3, 10, 6050, p=0.03))
+    assert "+1.07 points, not told apart from none (p = 0.060, Holm's over k)" in words("no gain", rows)
+    assert not any(finding.kind.startswith("voting") for finding in verdict(rows))
+
+
+@pytest.mark.parametrize(
+    ("count", "p", "kind", "said"),
+    [
+        (9790, 1e-9, "voting does it", "97.90 %, more than with the noise (p = 1.0e-09): the gain needs no noise"),
+        (9500, 1e-9, "voting does less", "95.00 %, less than with the noise"),
+        (9645, 0.4, "voting does as much", "96.45 %, as much as with the noise (p = 0.40): no noise is needed"),
+        (9630, 0.4, "voting does as much", "96.30 %, as much as with the noise (p = 0.40): no noise is needed"),
+    ],
+)
+def test_plain_voting_is_compared_on_the_same_pictures(count, p, kind, said):
+    assert said in words(kind, made(row(6, 10, count, p=0.0), row(3, 10, 9639, p=0.0, p_voting=p)))
 
 
 def test_a_picture_among_others():
@@ -120,9 +139,9 @@ def test_a_picture_among_others():
 @pytest.mark.parametrize(
     ("twin", "p", "kind", "said"),
     [
-        (5700, 1e-5, "twin better", "+2.43 points (p = 1.0e-05): this survives for a single picture"),
-        (5930, 0.71, "twins equal", "+0.13 points, not told apart from none (p = 0.710): no gain is seen to survive"),
-        (6200, 0.004, "twin worse", "-2.57 points (p = 0.004): training with noise cost accuracy"),
+        (5700, 1e-5, "twin better", "-2.43 points there (p = 1.0e-05): what training with noise gave survives"),
+        (5930, 0.71, "twins equal", "-0.13 points there, not told apart from none (p = 0.71): no gain is seen to"),
+        (6200, 0.004, "twin worse", "+2.57 points there (p = 0.004): training with noise cost accuracy"),
     ],
 )
 def test_what_survives_for_a_single_picture(twin, p, kind, said):
@@ -149,3 +168,6 @@ def test_each_noise_has_its_own_sentences():
     more = [replace(r, noise=other) for r in made(row(3, 2, 5940, p=0.9), row(3, 10, 5950, p=0.7)) if r.noise]
     found = [f for f in verdict([*made(), *more]) if f.kind in ("all transductive", "no gain")]
     assert [(f.kind, f.words.split(":")[0]) for f in found] == [("all transductive", NOISE), ("no gain", other)]
+    named = [f.words for f in verdict([*made(), *more]) if f.kind.startswith(("shuffled", "mixed", "swayed"))]
+    assert [w.split(": ")[0] for w in named] == [NOISE] * 3 + [other] * 3
+    assert named[0].startswith(f"{NOISE}: shuffled, at the same k")
