@@ -145,10 +145,16 @@ def accuracy_figures(results: Sequence[Result], latest: bool) -> str:
     table_lines.append(["no noise, logits averaged, class order", mates["class"], *voting])
     intro = (
         f"Measured (`python -m benchmarks accuracy`): {_short(models)}; {pictures}; {epochs} epochs; k = {k}; "
-        f"{len({row['seed'] for row in rows})} seeds, mean and 95 % interval in percent:"
+        f"{_counted(len(line.per_image or line.class_order) for line in lines.values())} seeds, mean and 95 % interval "
+        "in percent:"
     )
     header = ["", "class mates in the group", *(model.partition(":")[0] for model in models)]
     return f"{_filled(intro)}\n\n{table(header, table_lines, [False] * len(header))}"
+
+
+def _counted(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _mates(rows: Sequence[dict[str, Any]], order: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,19 +72,21 @@ class ModelRespondent:
         self.stages: tuple[Stage, ...] = ()
         self.places: dict[str, int] = {}  # NoiseConfig.site -> the stage before which its features were kept
         self._features: Features | None = None
+        self._injector: NoiseInjector | None = None
 
     @torch.no_grad()
     def answers(self, noise: NoiseConfig, order: np.ndarray) -> Answers:
         """As protocols.Respondent has it; a noise at a site that was not prepared goes by whole passes."""
-        injector = NoiseInjector(self.model, noise, self.passes.image_size, self.passes.seed)
+        injector = self._attached(noise)
         group = noise.group_size or self.passes.batch
         place = self.places.get(noise.site)
         passes = self._whole(order, group, injector) if place is None else self._tail(place, order, group, injector)
+        injector.enabled = True
         try:
             with whole_float32():
                 return joined([self._answers_to(ids, logits) for ids, logits in passes])
         finally:
-            injector.remove()
+            injector.enabled = False
 
     @torch.no_grad()
     def prepare(self, sites: Sequence[str]) -> None:
@@ -107,10 +109,23 @@ class ModelRespondent:
         self.plain_logits = logits
 
     def close(self) -> None:
-        """Lets the features go."""
+        """Lets the features go, and takes the noise off the model."""
         if self._features is not None:
             self._features.close()
-        self._features, self.places = None, {}
+        if self._injector is not None:
+            self._injector.remove()
+        self._features, self._injector, self.places = None, None, {}
+
+    def _attached(self, noise: NoiseConfig) -> NoiseInjector:
+        """The noise on the model, alone. It stays, switched off, for the next k: to find its place anew costs more than
+        the tail's pass over a few hundred pictures.
+        """
+        if self._injector is None or replace(self._injector.config, group_size=noise.group_size) != noise:
+            if self._injector is not None:
+                self._injector.remove()
+            self._injector = NoiseInjector(self.model, noise, self.passes.image_size, self.passes.seed)
+        self._injector.config = noise
+        return self._injector
 
     def _find_places(self, sites: Sequence[str]) -> None:
         modules = {site: tuple(self._modules_of(site)) for site in sites}

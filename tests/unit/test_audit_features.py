@@ -50,11 +50,11 @@ def passes(scratch: Path, keep_features: bool = True, batch: int = 15) -> Passes
 
 @pytest.mark.parametrize(("name", "sites"), [("vit", VIT_SITES), ("resnet18", RESNET_SITES)])
 def test_answers_are_those_of_whole_passes_to_the_bit(name, sites, tmp_path):
-    model, reader, told = model_of(name), Pictures(), []
+    reader, told = Pictures(), []
     order = np.append(shuffled_order(N, 1)[:23], [8, 3, 8])  # some of them, two of them twice
     with (
-        respondent_of(model, reader, sites, passes(tmp_path), told.append) as kept,
-        respondent_of(model, reader, sites, passes(tmp_path, keep_features=False), told.append) as whole,
+        respondent_of(model_of(name), reader, sites, passes(tmp_path), told.append) as kept,
+        respondent_of(model_of(name), reader, sites, passes(tmp_path, keep_features=False), told.append) as whole,
     ):
         assert torch.equal(kept.plain_logits, whole.plain_logits)
         assert set(kept.places) == set(sites) and whole.places == {}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.intervals import mcnemar, mean_interval, wilson
+from pipeline.intervals import holm, mcnemar, mean_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_the_interval_of_a_mean_is_student_s():
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert mean_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert mean_interval([61.2]) is None
+
+
+def test_holms_values_are_those_worked_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01; 2 x 0.03; not below the one before
+    assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0])
+    assert holm([0.02]) == pytest.approx([0.02])
