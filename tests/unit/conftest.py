@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from audit_runs import make_run
 from fault_store import FaultStore
-from small_shards import SIDE, make
+from small_shards import SIDE, jpeg, make
 from source_pictures import CLASSES, PER_CLASS, picture, shard_source
+from variant_world import World, lay_sets, lay_validation
 
 import pipeline.noise
 
@@ -72,6 +74,37 @@ def library() -> ctypes.CDLL:
     path = Path(pipeline.noise.__file__).parent / "csrc" / "libnoisynn_walk.so"
     assert path.is_file(), f"`make setup` has built no {path.name}"
     return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="session")
+def audited_run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run") / "r<u>n")
+
+
+@pytest.fixture(scope="session")
+def named_pictures(tmp_path_factory) -> Path:
+    """Three classes of eight pictures, 0.jpg to 7.jpg each."""
+    root = tmp_path_factory.mktemp("pictures")
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for i in range(8):
+            (root / name / f"{i}.jpg").write_bytes(jpeg(8 * label + i))
+    return root
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def validation(world, tmp_path_factory):
+    return lay_validation(world, tmp_path_factory.mktemp("validation"))
+
+
+@pytest.fixture(scope="session")
+def sets(world, tmp_path_factory) -> Path:
+    return lay_sets(world, tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture
