@@ -23,9 +23,9 @@ from benchmarks.accuracy_summary import print_summary
 from benchmarks.cells import Cell, check_minutes, run_cells
 from benchmarks.cifar_audit import InMemory
 from benchmarks.cifar_data import Pictures, read_pictures
-from benchmarks.cifar_training import AUGMENTATION, MAX_GRADIENT_NORM, OnDevice, Training, moved, train
+from benchmarks.cifar_training import OnDevice, Training, conditions_of, moved, train
 from benchmarks.harness import OnTurn, check_output, circumstances_of, status_line
-from benchmarks.training_step import SMOOTHING, chosen_device
+from benchmarks.training_step import chosen_device
 from data_prep.tasks import task_from
 from pipeline.answers import Answers, answers_of
 from pipeline.audit.protocols import averaged
@@ -189,16 +189,7 @@ def _trainings(options: AccuracyOptions, data: OnDevice) -> Iterator[GridTrainin
 
 def _conditions(options: AccuracyOptions, pictures: Pictures, device: torch.device) -> dict[str, Any]:
     names = ("epochs", "batch", "lr", "weight_decay", "dtype", "compile", "group_train", "group_eval")
-    return {name: getattr(options, name) for name in names} | {
-        "pictures": pictures.text,
-        "pictures_sha256": pictures.sha256(),
-        "classes": list(pictures.classes),
-        "device": device.type,
-        "optimizer": f"AdamW of pipeline.optim, gradients clipped to norm {MAX_GRADIENT_NORM:g}",
-        "label_smoothing": SMOOTHING,
-        "augmentation": AUGMENTATION,
-        "evaluated_in": "float32",
-    }
+    return {name: getattr(options, name) for name in names} | conditions_of(pictures, device)
 
 
 def _own_conditions(options: AccuracyOptions, training: GridTraining) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from benchmarks.cells import Cell, check_minutes, run_cells
 from benchmarks.cifar_audit import audit, places
 from benchmarks.cifar_data import Pictures, read_pictures
 from benchmarks.cifar_summary import CLEAN, NOISY, print_summary, tell_cell
-from benchmarks.cifar_training import AUGMENTATION, MAX_GRADIENT_NORM, OnDevice, Trained, Training, moved, train
+from benchmarks.cifar_training import OnDevice, Trained, Training, conditions_of, moved, train
 from benchmarks.harness import OnTurn, check_output, circumstances_of, spread, status_line
-from benchmarks.training_step import SMOOTHING, chosen_device
+from benchmarks.training_step import chosen_device
 from pipeline.models import ModelConfig
 from pipeline.noise.config import NoiseConfig
 from pipeline.optim import OptimConfig
@@ -150,18 +150,8 @@ def measure_cifar(options: CifarOptions, command: Sequence[str]) -> list[dict[st
 
 def _conditions(options: CifarOptions, pictures: Pictures, device: torch.device) -> dict[str, Any]:
     names = ("epochs", "batch", "lr", "weight_decay", "width", "depth", "patch", "dtype", "compile")
-    return {name: getattr(options, name) for name in names} | {
-        "pictures": pictures.text,
-        "pictures_sha256": pictures.sha256(),
-        "classes": list(pictures.classes),
-        "device": device.type,
-        "model": options.model.name,
-        "noisy_twin": options.noise_of(NOISY).describe(),
-        "optimizer": f"AdamW of pipeline.optim, gradients clipped to norm {MAX_GRADIENT_NORM:g}",
-        "label_smoothing": SMOOTHING,
-        "augmentation": AUGMENTATION,
-        "evaluated_in": "float32",
-    }
+    own = {"model": options.model.name, "noisy_twin": options.noise_of(NOISY).describe()}
+    return {name: getattr(options, name) for name in names} | own | conditions_of(pictures, device)
 
 
 def _check(options: CifarOptions, pictures: Pictures) -> None:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar_audit import Tested
 from benchmarks.cifar_data import Pictures, cropped, draw_crops, padded
-from benchmarks.training_step import DTYPES, loss_function
+from benchmarks.training_step import DTYPES, SMOOTHING, loss_function
 from pipeline.data.order import Layout, Order, training_micro_batches
 from pipeline.models import ModelConfig, Preprocess, create_model
 from pipeline.noise.config import NoiseConfig
@@ -25,7 +25,6 @@ from pipeline.noise.inject import NoiseInjector
 from pipeline.optim import OptimConfig, create_optimizer, create_schedule
 
 MAX_GRADIENT_NORM = 1.0
-AUGMENTATION = "crop of the picture padded by 4, flip; by (seed, epoch, sample id)"
 
 
 class OnDevice(NamedTuple):
@@ -46,6 +45,20 @@ def moved(pictures: Pictures, device: torch.device) -> OnDevice:
         classes=len(pictures.classes),
         side=pictures.side,
     )
+
+
+def conditions_of(pictures: Pictures, device: torch.device) -> dict[str, Any]:
+    """What every result depends on beside its question's options."""
+    return {
+        "pictures": pictures.text,
+        "pictures_sha256": pictures.sha256(),
+        "classes": list(pictures.classes),
+        "device": device.type,
+        "optimizer": f"AdamW of pipeline.optim, gradients clipped to norm {MAX_GRADIENT_NORM:g}",
+        "label_smoothing": SMOOTHING,
+        "augmentation": "crop of the picture padded by 4, flip; by (seed, epoch, sample id)",
+        "evaluated_in": "float32",
+    }
 
 
 @dataclass(frozen=True)

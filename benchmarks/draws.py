@@ -36,6 +36,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from benchmarks.harness import OnTurn, append_rows, check_output, circumstances_of, print_table, status_line
+from pipeline.intervals import holm
 from pipeline.noise import native, ops
 from pipeline.noise.reference import Purpose, stream_of
 
@@ -373,15 +374,9 @@ def _tail_row(part: str, limit: int, count: int, n: int) -> Row:
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
-    """The rows of a family, with Holm's p-values: one that is below FAMILY_LEVEL has failed.
-
-    Source: Holm, Scandinavian Journal of Statistics 6, 1979. It holds however the tests depend on each other.
-    """
-    judged, largest = list(rows), 0.0
-    for rank, number in enumerate(sorted(range(len(rows)), key=lambda i: rows[i].p_value)):
-        largest = max(largest, min(1.0, (len(rows) - rank) * rows[number].p_value))
-        judged[number] = replace(rows[number], p_holm=largest, passed=largest >= FAMILY_LEVEL)
-    return judged
+    """The rows of a family, with Holm's p-values: one that is below FAMILY_LEVEL has failed."""
+    adjusted = holm([row.p_value for row in rows])
+    return [replace(row, p_holm=p, passed=p >= FAMILY_LEVEL) for row, p in zip(rows, adjusted, strict=True)]
 
 
 def verdict(rows: Sequence[Row]) -> str:

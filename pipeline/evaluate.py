@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.accuracy import Accuracy, Comparison, Order, compare
+from pipeline.accuracy import Accuracy, Comparison, Order, accuracy_of, compare
 from pipeline.answers import ROUNDING, Answers
 from pipeline.checkpoint import EMA_NAME, WEIGHTS_NAME, recorded_sha256, write_json
 from pipeline.data.cache import CacheConfig
@@ -104,14 +104,15 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     evaluator = _evaluator(config, checkpoint, noise, device)
     other_evaluator = None if other is None else _evaluator(config, other, NoiseConfig(), device)
     alone = evaluator.alone(ranks)
-    accuracies = [evaluator.count(alone, "per_image")]
+    accuracies = [accuracy_of(alone, "per_image", where=evaluator.name_of)]
     if noise.kind != "none":
         orders: tuple[Order, ...] = config.orders if noise.mixes_samples else ("manifest",)
         accuracies += [evaluator.with_noise(order, config.shuffle_seed, ranks) for order in orders]
     against = None
     if other is not None and other_evaluator is not None:
         answers = other_evaluator.alone(ranks)
-        against = Against(other.folder, other_evaluator.count(answers, "per_image"), compare(alone, answers))
+        theirs = accuracy_of(answers, "per_image", where=other_evaluator.name_of)
+        against = Against(other.folder, theirs, compare(alone, answers))
     found = Evaluation(accuracies, _by_class(alone, checkpoint.classes), against, output)
     if ranks.rank == 0:
         write_json(output, _report(config, checkpoint, found))

@@ -61,7 +61,7 @@ class Evaluator:
 
     def per_image(self, ranks: Ranks, still_wanted: Callable[[], bool] = lambda: True) -> Accuracy:
         """The count of `alone`."""
-        return self.count(self.alone(ranks, still_wanted), "per_image")
+        return accuracy_of(self.alone(ranks, still_wanted), "per_image", where=self.name_of)
 
     def alone(self, ranks: Ranks, still_wanted: Callable[[], bool] = lambda: True) -> Answers:
         """To every picture, with the noise off, whatever was trained with it: none depends on another picture.
@@ -82,21 +82,13 @@ class Evaluator:
         name = f"{noise.kind}_{noise.site_label}_{order}_k{group}"
         share = class_mate_share(labels[ids], group) if group > 1 else None
         answers = self.answers(ids, group, ranks)
-        return self.count(answers, name, noise.describe(), order, group, share, noise.mixes_samples)
+        transductive = noise.mixes_samples
+        return accuracy_of(answers, name, noise.describe(), order, group, share, transductive, self.name_of)
 
-    def count(
-        self,
-        answers: Answers,
-        protocol: str,
-        noise: str = "none",
-        order: Order = "manifest",
-        group_size: int = 1,
-        class_mate_share: float | None = None,
-        transductive: bool = False,
-    ) -> Accuracy:
-        """accuracy_of, with the near ties' names where the arithmetic is float32."""
-        where = self.reader.where if self.half_dtype is None else None
-        return accuracy_of(answers, protocol, noise, order, group_size, class_mate_share, transductive, where)
+    @property
+    def name_of(self) -> Callable[[int], str] | None:
+        """What near ties are called, for accuracy_of; None in 16 bits, of whose rounding no bound is known."""
+        return self.reader.where if self.half_dtype is None else None
 
     @torch.no_grad()
     def answers(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ from pipeline.data.shards import TarSource
 
 _AS_FOLDERS = ("image-folder", "train-archive", "val-archive")  # sources that are listed as an ImageFolder is
 _SUFFIXES = (".JPEG", ".jpg", ".jpeg", ".png", ".JPG")
-_BLOCK_BYTES = 512  # of a tar: a member's header stands before its bytes
 
 
 class ClassOrder(NamedTuple):
@@ -56,7 +54,7 @@ def _by_name(manifest: Manifest, reader: PictureReader) -> np.ndarray | None:
     """Sample ids, int64 (n,), in the order of the source. None where it cannot be proved."""
     if not isinstance(reader.source, TarSource):
         return None
-    keys = list(_keys(reader.source))
+    keys = [name.partition(".")[0] for name in reader.source.member_names()]
     labels = reader.source.index.labels().tolist()  # before any label map
     number = {name: label for label, name in enumerate(manifest.classes)}
     skipped = [(number.get(note.path.split("/")[0], -1), note.path, -1) for note in manifest.skipped]
@@ -76,12 +74,3 @@ def _by_name(manifest: Manifest, reader: PictureReader) -> np.ndarray | None:
 def _path(key: str, name: str, suffix: str, with_class: bool) -> str:
     stem = key.removeprefix(re.sub(r"[^A-Za-z0-9_-]", "_", name) + "_") if with_class else key
     return f"{name}/{stem}{suffix}"
-
-
-def _keys(source: TarSource) -> Iterator[str]:
-    """The key of each sample, in the manifest's order, from the header before its picture."""
-    for number in range(len(source.shards)):
-        file = source.file(number)
-        for offset in source.index.of_file(number)["offset"].tolist():
-            header = os.pread(file.descriptor, 100, offset - _BLOCK_BYTES)
-            yield header.split(b"\0")[0].decode("utf-8", "replace").partition(".")[0]

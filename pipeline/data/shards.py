@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from data_prep.manifest import Manifest
 from pipeline.data.cache import ShardCache
 from pipeline.data.index import IndexFile, SampleIndex
 from pipeline.data.source import OpenFile, OpenFiles
+
+_HEADER_BYTES, _NAME_BYTES = 512, 100  # of a tar's member; its name, cut at the first NUL
 
 
 class TarSource:
@@ -48,6 +51,17 @@ class TarSource:
     def where(self, sample_id: int) -> str:
         number, place = self.index.place(sample_id)
         return f"sample {sample_id} ({self.folder}/{self.shards[number].name}, picture {place})"
+
+    def member_names(self) -> Iterator[str]:
+        """What each picture is called in its tar, in the manifest's order: the index has no names.
+
+        From the header in front of it, whose first 100 bytes are all that a plain one has for a name.
+        """
+        for number in range(len(self.shards)):
+            file = self.file(number)
+            for offset in self.index.of_file(number)["offset"].tolist():
+                header = os.pread(file.descriptor, _NAME_BYTES, offset - _HEADER_BYTES)
+                yield header.partition(b"\0")[0].decode("utf-8", "replace")
 
     def form(self, sample_ids: np.ndarray) -> None:
         return None

@@ -12,21 +12,16 @@ from pipeline.models import ModelConfig
 from pipeline.noise.config import NoiseConfig
 from pipeline.optim import OptimConfig
 from pipeline.parallel import ParallelConfig
+from pipeline.published import TABLES
 
 Depth = Literal[18, 34, 50, 101]
-# The paper's table: top-1 without and with linear noise. ResNet-18's stage 4 has two blocks, the others' three.
-_PUBLISHED: dict[Depth, tuple[float, float]] = {
-    18: (63.90, 79.62),
-    34: (66.80, 80.05),
-    50: (70.00, 81.32),
-    101: (70.66, 81.91),
-}
 
 
 def noisy_resnet_recipe(depth: Depth, micro_batch: int, hardware: str) -> Recipe:
     """torchvision's weights, a fresh classifier, the circular shift at the input of the last residual block, always."""
-    name, (clean, noisy) = f"noisy_resnet{depth}_in1k", _PUBLISHED[depth]
-    site = "layer4.1" if depth == 18 else "layer4.2"
+    name, published = f"noisy_resnet{depth}_in1k", TABLES[f"R{depth}"]
+    clean, noisy = published["none"], published["circular_shift"]
+    site = "layer4.1" if depth == 18 else "layer4.2"  # ResNet-18's stage 4 has two blocks, the others' three
     return Recipe(
         purpose=f"NoisyNN's ResNet-{depth} on ImageNet-1k: torchvision's weights, a fresh classifier, noise always on.",
         source=(

@@ -13,17 +13,13 @@ from pipeline.models import ModelConfig
 from pipeline.noise.config import NoiseConfig
 from pipeline.optim import OptimConfig
 from pipeline.parallel import ParallelConfig
+from pipeline.published import HEADLINES, TABLES
 
 Size = Literal["ti", "s", "b", "l"]
 NAMES: dict[Size, str] = {"ti": "tiny", "s": "small", "b": "base", "l": "large"}
 LAST_BLOCK: dict[Size, int] = {"ti": 11, "s": 11, "b": 11, "l": 23}
-# The paper's table, top-1 without and with linear noise; and timm's, per image, of its weights at 384 pixels.
-PUBLISHED: dict[Size, tuple[float, float]] = {
-    "ti": (79.34, 80.69),
-    "s": (81.88, 87.27),
-    "b": (84.33, 89.99),
-    "l": (88.64, 88.72),
-}
+COLUMNS: dict[Size, str] = {"ti": "ViT-T", "s": "ViT-S", "b": "ViT-B", "l": "ViT-L"}  # of the paper's table
+# timm's, per image, of its weights at 384 pixels.
 TIMM_384: dict[Size, float] = {"ti": 78.42, "s": 83.80, "b": 86.01, "l": 87.08}
 
 
@@ -102,11 +98,11 @@ def official_finetune(size: Size, image_size: Literal[224, 384]) -> TrainConfig:
 
 def finetune_384_recipe(size: Size, hardware: str) -> Recipe:
     name = f"noisy_vit_{size}16_in1k_finetune_384"
-    clean, noisy = PUBLISHED[size]
+    table = TABLES[COLUMNS[size]]
     published = (
-        "95.65 % at 384 pixels"
+        f"{HEADLINES[384].noisy:.2f} % at 384 pixels"
         if size == "b"
-        else f"{noisy:.2f} % over {clean:.2f} % without noise (the paper's table)"
+        else f"{table['circular_shift']:.2f} % over {table['none']:.2f} % without noise (the paper's table)"
     )
     return Recipe(
         purpose=f"NoisyNN's fine-tuning of ViT-{size.capitalize()}/16 at 384 pixels on ImageNet-1k.",

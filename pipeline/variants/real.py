@@ -8,7 +8,6 @@ those pictures do not count. Labels go with a picture's own number, so its name 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from pipeline.variants.classes import WordNetClasses
 VALIDATION_PICTURES = 50_000
 # As data_prep writes keys (n01440764_ILSVRC2012_val_00000293), and the class behind it as some archives have it.
 _KEY = re.compile(r"(?:.*[/_])?ILSVRC2012_val_([0-9]{8})(?:_n[0-9]{8})?")
-_HEADER_BYTES, _NAME_BYTES = 512, 100  # of a tar's member; its name, cut at the first NUL
 
 
 def read_real(path: Path, own: WordNetClasses) -> list[frozenset[int]]:
@@ -75,23 +73,13 @@ def accepted_answers(source: Source, real: list[frozenset[int]]) -> list[frozens
 
 def _keys(source: Source) -> list[str]:
     """Of all samples, in order: file names up to their first dot."""
-    ids = range(len(source.index))
     if isinstance(source, FolderSource):
-        names = [source.path(i).name for i in ids]
+        names = [source.path(i).name for i in range(len(source.index))]
     elif isinstance(source, TarSource):
-        names = [_member_name(source, i) for i in ids]
+        names = list(source.member_names())
     else:
         raise ValueError(f"{source.where(0)}: a .beton holds no names, by which ReaL's labels go: give --val as shards")
     return [name.rpartition("/")[2].partition(".")[0] for name in names]
-
-
-def _member_name(source: TarSource, sample_id: int) -> str:
-    """A picture's name, from the header in front of it: the index has none."""
-    record = source.index.records(np.array([sample_id]))[0]
-    number = source.index.place(sample_id)[0]
-    file = source.file(number)
-    header = os.pread(file.descriptor, _HEADER_BYTES, int(record["offset"]) - _HEADER_BYTES)
-    return header[:_NAME_BYTES].partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def count_real(predicted: np.ndarray, accepted: list[frozenset[int]]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from numbers_reader import InMemoryPictures  # noqa: E402
 
+from pipeline.accuracy import accuracy_of  # noqa: E402
 from pipeline.evaluator import Evaluator, Interrupted  # noqa: E402
 from pipeline.noise.config import NoiseConfig  # noqa: E402
 from pipeline.noise.inject import NoiseInjector  # noqa: E402
@@ -69,7 +70,7 @@ def one_pass(name: str, reader: Pictures, batch: int, workers: int, order: int, 
     own = Evaluator(model, NoiseInjector(model, NoiseConfig(), SIDE, 0), reader, batch, workers)
     ids = np.arange(N) if order == 0 else np.random.RandomState(order).permutation(N)
     answers = own.answers(ids, 1, ranks)
-    ties = [tie.sample_id for tie in own.count(answers, "x").near_ties]
+    ties = [tie.sample_id for tie in accuracy_of(answers, "x", where=own.name_of).near_ties]
     columns = {field.name: getattr(answers, field.name).tolist() for field in dataclasses.fields(answers)}
     if ranks.world_size > 1:
         everywhere: list = [None] * ranks.world_size
