@@ -81,7 +81,7 @@ class Pictures:
     def where(self, sample_id: int) -> str:
         return f"random picture {sample_id}"
 
-    def expect(self, shards: np.ndarray) -> None: ...
+    def expect(self, shards: np.ndarray, keep: bool) -> None: ...
 
 
 class _Audited:

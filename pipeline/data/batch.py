@@ -51,6 +51,9 @@ class Reader(Protocol):
         """What messages call a sample."""
         ...
 
-    def expect(self, shards: np.ndarray) -> None:
-        """Says which shards are needed from now on, in the order in which they are; others may be let go."""
+    def expect(self, shards: np.ndarray, keep: bool) -> None:
+        """Says which shards are needed from now on, in the order in which they are; others may be let go.
+
+        keep: they fit into a cache together, and stay there until they are let go.
+        """
         ...

@@ -73,7 +73,7 @@ class BetonSource:
         self._pictures = tables.rows["picture"]
         self._file = OpenFile(os.open(self.path, os.O_RDONLY))
 
-    def file(self, number: int) -> OpenFile:
+    def file(self, number: int, wait: bool = True) -> OpenFile:
         return self._file
 
     def where(self, sample_id: int) -> str:
@@ -93,7 +93,7 @@ class BetonSource:
     def close(self) -> None:
         """Nothing runs for it."""
 
-    def expect(self, files: np.ndarray) -> None:
+    def expect(self, files: np.ndarray, keep: bool) -> None:
         """There is one file alone."""
 
     def _tables(self, num_samples: int, length: int) -> _Tables:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from data_prep.manifest import INDEX_HEADER, INDEX_RECORD, INDEX_TRAILER, ShardRecord
 from pipeline.data.cache_folder import CacheFolder, Turn
 from pipeline.data.remote import RetryConfig, checked_url, fetch_blocks, file_size, file_url
+from pipeline.data.source import NoRoom
 
 _SMALL_REQUESTS = 16  # at once: an index is some 20 KB, so its time is the way to the store and back
 _POLL_SECONDS = 0.1  # between looks for room, by who needs a shard now
@@ -100,10 +101,12 @@ class ShardCache:
         self._start_afresh()
         _caches.add(self)
 
-    def open(self, name: str) -> int:
+    def open(self, name: str, wait: bool = True) -> int:
         """A descriptor of the whole shard, for the caller to close; fetches it where it is not here.
 
-        While any process has it open the shard is not evicted. Errors: OSError naming the URL and the mend.
+        While any process has it open the shard is not evicted. wait: for room, where all that could go is in use; who
+        has shards open must not, since another may wait for those. Errors: OSError naming the URL and the mend;
+        NoRoom.
         """
         file = self._shards[name]
         descriptor = self._folder.take(file.name, file.bytes)
@@ -111,7 +114,7 @@ class ShardCache:
             self._count(hits=1)
             return descriptor
         try:
-            return self._fetched(file)
+            return self._fetched(file, wait)
         except OSError as error:
             if earlier := self._failures.get(file.name):
                 error.add_note(f"fetching it ahead of its use had failed too: {earlier}")
@@ -203,7 +206,7 @@ class ShardCache:
     def _fetch_index(self, file: _File) -> None:
         os.close(self._fetched(file))
 
-    def _fetched(self, file: _File) -> int:
+    def _fetched(self, file: _File, wait: bool = True) -> int:
         """A descriptor of a file, which this or another process fetches, once there is room."""
         deadline = None
         while True:
@@ -217,6 +220,8 @@ class ShardCache:
             if turn is Turn.BUSY:
                 self._folder.wait(file.name)
             elif turn is Turn.FULL:
+                if not wait:
+                    raise NoRoom(file.url)
                 deadline = deadline or time.monotonic() + self._config.retry.timeout_seconds
                 if time.monotonic() > deadline:
                     raise OSError(

@@ -114,7 +114,7 @@ class FolderSource:
     def path(self, sample_id: int) -> Path:
         return self.root / self.folders[self._labels[sample_id]] / self._names[sample_id]
 
-    def file(self, number: int) -> OpenFile:
+    def file(self, number: int, wait: bool = True) -> OpenFile:
         """Errors: WrongBytes where its size has changed since it was listed."""
         file = self._files.get(number)
         listed = int(self.index.records(np.array([number]))["size"][0])
@@ -133,7 +133,7 @@ class FolderSource:
     def mend(self, number: int) -> str:
         return "unpack the set again, and leave it alone while it is read"
 
-    def expect(self, files: np.ndarray) -> None:
+    def expect(self, files: np.ndarray, keep: bool) -> None:
         """Nothing is kept for later."""
 
     def check_sizes(self) -> None:
@@ -153,7 +153,7 @@ class FolderSource:
         digest.update(records["size"].tobytes() + records["label"].tobytes())
         return digest.hexdigest()
 
-    def _open(self, number: int) -> int:
+    def _open(self, number: int, wait: bool) -> int:
         return os.open(self.path(number), os.O_RDONLY)
 
     def _size(self, number: int) -> int:

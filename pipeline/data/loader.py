@@ -24,7 +24,6 @@ from pipeline.data.shards import TarSource
 from pipeline.data.source import Source, allow_open_files
 from pipeline.data.stream import IN_FLIGHT, Item, Stream
 
-NO_SHARDS = np.empty(0, np.int64)
 _MANIFEST_BYTES = 1 << 30  # a note for each of a million pictures is 200 MB
 
 
@@ -172,7 +171,6 @@ class TrainLoader:
             self.replaced += batch.replaced
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
-        self.reader.expect(NO_SHARDS)  # validation may need the room
 
     def _check_window(self, window: int) -> None:
         """Errors: ValueError where the steps under way could lie in more windows than a cache has room for."""
@@ -242,7 +240,6 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._stream
-        self._reader.expect(NO_SHARDS)
 
     def _plan(self) -> Iterator[Item]:
         """With each batch the shards that this rank still needs: those that it has done with may leave a cache."""

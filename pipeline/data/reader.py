@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ from pipeline.data.augment import (
 )
 from pipeline.data.batch import Batch, Replaced
 from pipeline.data.decode import decode_rgb
-from pipeline.data.source import Source, WrongBytes, checked_bytes
+from pipeline.data.source import NoRoom, OpenFile, Source, WrongBytes, checked_bytes
 
 REPLACEMENTS = 16  # samples that are tried in place of one: a whole shard that is bad ends the run
 
@@ -77,8 +78,8 @@ class PictureReader:
     def labels_of(self, sample_ids: np.ndarray) -> np.ndarray:
         return self._label_table[self.source.index.records(sample_ids)["label"]]
 
-    def expect(self, shards: np.ndarray) -> None:
-        self.source.expect(shards)
+    def expect(self, shards: np.ndarray, keep: bool) -> None:
+        self.source.expect(shards, keep)
 
     def batch(self, sample_ids: np.ndarray, epoch: int | None, in_hand: np.ndarray | None = None) -> Batch:
         """Errors: ValueError, OSError naming file and sample; with `replace` only after REPLACEMENTS of them."""
@@ -140,9 +141,6 @@ class PictureReader:
     ) -> np.ndarray:
         """Fills images (B, S, S, 3) and tells which samples are done, bool (B,)."""
         items = np.zeros(len(ids), native.ITEM)
-        numbers = self.source.index.files_of(ids).tolist()
-        files = {number: self.source.file(number) for number in set(numbers)}
-        items["fd"] = [files[number].descriptor for number in numbers]
         for name in ("offset", "size", "crc32"):
             items[name] = records[name]
         items["sample_id"] = ids
@@ -163,16 +161,35 @@ class PictureReader:
             a.eval_crop_share,
             self.reading.check_crc,
         )
+        numbers = self.source.index.files_of(ids)
         pool = self._native_pool(in_hand is not None)
-        if in_hand is None:
-            status = pool.submit(items, view, images).wait()
-        else:
-            status = np.empty(len(ids), np.int32)
-            for i in range(len(ids)):
+        if in_hand is None and (files := self._open_together(numbers)) is not None:
+            items["fd"] = [files[number].descriptor for number in numbers.tolist()]
+            return pool.submit(items, view, images).wait() == native.OK
+
+        def submitted(i: int) -> native.Job:
+            if in_hand is not None:
                 in_hand[0] = ids[i]
-                status[i : i + 1] = pool.submit(items[i : i + 1], view, images[i : i + 1]).wait()
-        del files  # open until here
-        return status == native.OK
+            return pool.submit(items[i : i + 1], view, images[i : i + 1])
+
+        done = np.zeros(len(ids), bool)
+        for number in dict.fromkeys(numbers.tolist()):
+            file = self.source.file(number)  # no other is open meanwhile: who waits for room may not hold any
+            of_file = np.flatnonzero(numbers == number)
+            items["fd"][of_file] = file.descriptor
+            jobs: Iterable[native.Job] = map(submitted, of_file.tolist())
+            if in_hand is None:
+                jobs = list(jobs)
+            done[of_file] = [job.wait()[0] == native.OK for job in jobs]
+            del file
+        return done
+
+    def _open_together(self, numbers: np.ndarray) -> dict[int, OpenFile] | None:
+        """All files of a batch, by number; None where a cache has no room for them now."""
+        try:
+            return {number: self.source.file(number, wait=False) for number in set(numbers.tolist())}
+        except NoRoom:
+            return None
 
     def _native_pool(self, in_worker: bool) -> native.Pool:
         """This process's own: threads do not survive a fork. A worker process is itself the thread."""

@@ -45,8 +45,8 @@ class TarSource:
         )
         self._files = OpenFiles(self._open)
 
-    def file(self, number: int) -> OpenFile:
-        return self._files.get(number)
+    def file(self, number: int, wait: bool = True) -> OpenFile:
+        return self._files.get(number, wait)
 
     def where(self, sample_id: int) -> str:
         number, place = self.index.place(sample_id)
@@ -79,14 +79,14 @@ class TarSource:
         if self.cache is not None:
             self.cache.close()
 
-    def expect(self, files: np.ndarray) -> None:
+    def expect(self, files: np.ndarray, keep: bool) -> None:
         if self.cache is not None:
-            self._files.keep(frozenset(files.tolist()))
+            self._files.keep(frozenset(files.tolist() if keep else ()))
             self.cache.plan([self.shards[number].name for number in files.tolist()])
 
-    def _open(self, number: int) -> int:
+    def _open(self, number: int, wait: bool) -> int:
         name = self.shards[number].name
-        return self.cache.open(name) if self.cache is not None else os.open(Path(self.folder, name), os.O_RDONLY)
+        return self.cache.open(name, wait) if self.cache is not None else os.open(Path(self.folder, name), os.O_RDONLY)
 
     def _check_files(self, mend: str) -> None:
         """Errors: FileNotFoundError, ValueError for a tar that is not there, or of another size."""

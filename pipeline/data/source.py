@@ -55,8 +55,11 @@ class Source(Protocol):
     @property
     def index(self) -> Index: ...
 
-    def file(self, number: int) -> OpenFile:
-        """One of the index's files, open for reading."""
+    def file(self, number: int, wait: bool = True) -> OpenFile:
+        """One of the index's files, open for reading.
+
+        wait: for room, where it comes through a cache whose files are all in use. Errors: NoRoom where it may not.
+        """
         ...
 
     def where(self, sample_id: int) -> str:
@@ -71,8 +74,11 @@ class Source(Protocol):
         """What to do where a file does not hold what the index says."""
         ...
 
-    def expect(self, files: np.ndarray) -> None:
-        """Says which files are needed from now on, in that order; others are closed, so that a cache may drop them."""
+    def expect(self, files: np.ndarray, keep: bool) -> None:
+        """Says which files are needed from now on, in that order.
+
+        keep: they stay open once they are, so that no cache drops them. All others are closed.
+        """
         ...
 
     def check_sizes(self) -> None:
@@ -106,10 +112,15 @@ class OpenFile:
         os.close(self.descriptor)
 
 
+class NoRoom(Exception):
+    """A file would have to wait until others are closed."""
+
+
 class OpenFiles:
     """The files used last, by number. Threads may share it."""
 
-    def __init__(self, open_file: Callable[[int], int]) -> None:
+    def __init__(self, open_file: Callable[[int, bool], int]) -> None:
+        """open_file: gives a descriptor of a number's file; where it may not wait for room, it raises NoRoom."""
         self._open = open_file
         # Half of what the process may have: opening anew is a request to the server of a network file system.
         self._most = min(_MOST_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
@@ -117,13 +128,13 @@ class OpenFiles:
         self._wanted: frozenset[int] | None = None  # None: any
         self._lock = threading.Lock()
 
-    def get(self, number: int) -> OpenFile:
+    def get(self, number: int, wait: bool = True) -> OpenFile:
         with self._lock:
             if number in self._files:
                 self._files.move_to_end(number)
                 return self._files[number]
         try:
-            file = OpenFile(self._open(number))  # may wait for a store: others go on
+            file = OpenFile(self._open(number, wait))  # may wait for a store: others go on
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise

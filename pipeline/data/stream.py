@@ -27,6 +27,8 @@ class Item(NamedTuple):
     shards: np.ndarray  # needed from here on, in that order
 
 
+_NOTHING = Item(np.empty(0, np.int64), None, np.empty(0, np.int64))
+
 Plan = Callable[[], Iterator[Item]]
 
 
@@ -39,6 +41,7 @@ class Stream:
         self._plan = plan
         self._persistent = persistent
         self._iteration = 0
+        self._processes = processes
         self._workers = Workers(processes, _ReadItem(reader)) if processes else None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -49,6 +52,7 @@ class Stream:
             yield batch
             if mine != self._iteration:
                 raise RuntimeError("another iteration of this loader has begun: only the newest goes on")
+        _Expected(self._reader)(_NOTHING)  # another split may need the room
 
     def _batches(self, mine: int) -> Iterator[Batch]:
         if self._workers is not None:
@@ -70,7 +74,7 @@ class Stream:
 
             def oldest() -> Batch:
                 # What is needed from the oldest on: none of those under way may lose a shard.
-                tell(coming[0][0].shards)
+                tell(coming[0][0])
                 batch = coming[0][1].result()
                 coming.popleft()
                 return batch
@@ -78,7 +82,7 @@ class Stream:
             try:
                 for item in self._plan():
                     if not coming:
-                        tell(item.shards)
+                        tell(item)
                     coming.append((item, pool.submit(self._reader.batch, item.sample_ids, item.epoch)))
                     if len(coming) == IN_FLIGHT:
                         yield oldest()
@@ -91,6 +95,9 @@ class Stream:
     def _from_processes(self, workers: Workers, mine: int) -> Iterator[Batch]:
         try:
             yield from workers.batches(self._plan())
+            if self._persistent:
+                for _ in workers.batches(iter([_NOTHING] * self._processes)):  # each keeps what it needed last
+                    pass
         except WorkerDied as error:
             raise ChildProcessError(self._last_words(error.death)) from None
         finally:
@@ -113,10 +120,11 @@ class _Expected:
         self._reader = reader
         self._told: np.ndarray | None = None
 
-    def __call__(self, shards: np.ndarray) -> None:
-        if self._told is None or not np.array_equal(shards, self._told):
-            self._reader.expect(shards)
-            self._told = shards
+    def __call__(self, item: Item) -> None:
+        if self._told is None or not np.array_equal(item.shards, self._told):
+            # A cache has room for training's windows, as was checked; of what is evaluated it may be that it has not.
+            self._reader.expect(item.shards, keep=item.epoch is not None)
+            self._told = item.shards
 
 
 class _ReadItem:
@@ -128,5 +136,5 @@ class _ReadItem:
 
     def __call__(self, item: Item, in_hand: np.ndarray | None = None) -> Batch:
         """in_hand: where a worker process notes its sample."""
-        self._tell(item.shards)
+        self._tell(item)
         return self._reader.batch(item.sample_ids, item.epoch, in_hand)

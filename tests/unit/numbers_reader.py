@@ -27,7 +27,7 @@ class InMemory:
     def labels_of(self, sample_ids: np.ndarray) -> np.ndarray:
         return self.labels[sample_ids]
 
-    def expect(self, shards: np.ndarray) -> None:
+    def expect(self, shards: np.ndarray, keep: bool) -> None:
         """Nothing is fetched."""
 
     def where(self, sample_id: int) -> str:

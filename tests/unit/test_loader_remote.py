@@ -1,6 +1,8 @@
 """Training from a store: the same batches as from files, within the cache's limit, and no fault of it goes unnamed."""
 
 import itertools
+import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ from small_shards import EXACT, tars
 
 from data_prep.manifest import read_manifest
 from pipeline.data.augment import AugmentConfig
-from pipeline.data.cache import CacheConfig
+from pipeline.data.cache import CacheConfig, ShardCache
 from pipeline.data.loader import DataConfig, EvaluationLoader, TrainLoader, open_split
 from pipeline.data.order import Layout
+from pipeline.data.reader import PictureReader
 
 LAYOUT = Layout(0, 1, 2, 1)
 STEPS = 30  # of 12 an epoch
@@ -37,6 +40,12 @@ def remote(store: FaultStore, folder: Path, shards: float = 100, augment: Augmen
     cache = CacheConfig(folder, (shards * largest + indexes) / 1e9, retry=HASTY)
     config = DataConfig(image_size=32, workers=2, cache=cache, **options)
     return open_split(f"{store.url}/train.manifest.json", config, augment, seed=0)
+
+
+def evaluated(reader: PictureReader, batch: int = 5) -> list[int]:
+    """Sample ids, in the manifest's order."""
+    loader = EvaluationLoader(reader, np.arange(len(reader)), batch, 1, 0, 1, 0)
+    return [i for batch in loader for i in batch.sample_ids.tolist()]
 
 
 @pytest.mark.parametrize("randaugment", [None, "rand-m9-n2"], ids=["threads", "processes"])
@@ -130,13 +139,31 @@ def test_a_cache_without_room_for_what_is_needed_at_once_is_refused(store, tmp_p
     remote(store, tmp_path, room, window=1)
 
 
-def test_a_split_larger_than_the_cache_is_evaluated(store, tmp_path):
-    """In the manifest's order a shard that is done with makes room for the next, also while training's are open."""
-    training = TrainLoader(remote(store, tmp_path, 2.1, window=1), LAYOUT, 5, 0, window=1)
-    list(training)
-    evaluation = EvaluationLoader(remote(store, tmp_path, 2.1, window=1), np.arange(24), 5, 1, 0, 1, 0)
-    assert [i for batch in evaluation for i in batch.sample_ids.tolist()] == list(range(24))
-    list(training)
+@pytest.mark.parametrize("randaugment", [None, "rand-m9-n2"], ids=["threads", "processes"])
+def test_a_split_larger_than_the_cache_is_evaluated(store, tmp_path, randaugment):
+    """In the manifest's order a shard that is done with makes room for the next; between epochs training has none."""
+    trained = remote(store, tmp_path, 2.1, AugmentConfig(randaugment=randaugment), window=1)
+    with closing(TrainLoader(trained, LAYOUT, 5, 2, window=1)) as training:
+        list(training)
+        assert evaluated(remote(store, tmp_path, 2.1, window=1)) == list(range(24))
+        list(training)
+
+
+@pytest.mark.parametrize("batch", [5, 12], ids=["two shards in a batch", "more shards than there is room for"])
+def test_batches_under_way_do_not_wait_for_one_anothers_shards(store, tmp_path, monkeypatch, batch):
+    """The first and the third shard are here, and a later batch has the third before an earlier one has the second."""
+    reader = remote(store, tmp_path, 2.1, window=1)
+    list(map(reader.read, (14, 0)))
+    reader.expect(np.empty(0, np.int64), keep=False)
+    fetched = ShardCache._fetched
+
+    def slowly(self, file, *rest):
+        if "000001" in file.url:
+            time.sleep(0.3)
+        return fetched(self, file, *rest)
+
+    monkeypatch.setattr(ShardCache, "_fetched", slowly)
+    assert evaluated(reader, batch) == list(range(24))
 
 
 def test_steps_that_span_more_windows_than_there_is_room_for_are_refused(store, tmp_path):
