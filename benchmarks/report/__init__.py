@@ -6,13 +6,15 @@ made by the same functions (readme.py).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from benchmarks.report.results import read_results
+from benchmarks.report.results import Result, read_results
 from data_prep.manifest import atomic_file
 
 _TITLE = "NoisyNN at scale: measurements"
@@ -49,15 +51,26 @@ def write_report(options: ReportOptions, command: Sequence[str]) -> list[Any]:
 
         sections.append(runs_section(options.runs))
     if options.readme is not None:
-        from benchmarks.report.readme import refreshed
-
-        text = options.readme.read_text(encoding="utf-8")
-        _write(options.readme, refreshed(text, results, options.latest, str(options.readme)))
-        print(f"{options.readme}: its figures are those of {options.results}")
+        _refresh(options.readme, results, options)
     _write_pages(sections, options.output)
     older = sum(count for section in sections for _, count in section.superseded)
     print(f"{len(results)} results, {older} of them superseded: {options.output / 'report.html'}, report.md")
     return []
+
+
+def _refresh(readme: Path, results: Sequence[Result], options: ReportOptions) -> None:
+    """The README's figures, and their plots beside the results."""
+    from benchmarks.report.readme import PLOTS, refreshed
+    from pipeline.page.drawing import THEMES, svg_text
+
+    plots = Path(os.path.relpath(options.results, readme.parent)).as_posix()
+    text = refreshed(readme.read_text(encoding="utf-8"), results, options.latest, str(readme), plots)
+    for name, draw in PLOTS.items():
+        if f"{plots}/{name}-light.svg" in text:
+            for mode, theme in THEMES.items():
+                _write(options.results / f"{name}-{mode}.svg", svg_text(partial(draw, results, options.latest), theme))
+    _write(readme, text)
+    print(f"{readme}: its figures are those of {options.results}")
 
 
 def _write_pages(sections: Sequence[Any], folder: Path) -> None:

@@ -16,6 +16,12 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], numeric: Sequen
     return "\n".join("|".join(["", *map(_cell, line), ""]) for line in (header, rules, *lines))
 
 
+def picture(name: str, words: str) -> str:
+    """A plot's files are called `name`, with -light.svg and -dark.svg after it. words: for who cannot see it."""
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">'
+    return f'<picture>{source}<img src="{name}-light.svg" alt="{_attribute(words)}"></picture>'
+
+
 def render_markdown(sections: Sequence[Section], title: str, plots: dict[int, str]) -> str:
     """plots: id of a block -> name of its plot's files, to which -light.svg and -dark.svg are added."""
     parts = [f"# {title}", *(part for section in sections for part in _section(section, plots))]
@@ -52,9 +58,7 @@ def _block(block: Block, numbers: dict[Source, int], plot: str | None) -> Iterat
     if block.words:
         yield _plain(block.words)
     if block.plot is not None and plot is not None:
-        files = [f"{PLOTS}/{plot}-{mode}.svg" for mode in ("dark", "light")]
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{files[0]}">'
-        yield f'<picture>{source}<img src="{files[1]}" alt="{_attribute(block.plot.words)}"></picture>'
+        yield picture(f"{PLOTS}/{plot}", block.plot.words)
     lines = [
         [f"**{cell}**" if cell and i in block.own and not c else cell for c, cell in enumerate(line)]
         for i, line in enumerate(block.lines)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.harness import Spread
 from benchmarks.report.markdown import table
 from benchmarks.report.questions import chosen
+from benchmarks.report.readme_accuracy import PLOT, accuracy_figures, draw_accuracy, filled
 from benchmarks.report.results import Result, check_alike
 from benchmarks.report.speed import LOADER_LABELS, OWN_LOADERS, spread_of
+from pipeline.page.drawing import Theme
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _MODELS = {"vit_tiny_patch16_224": "ViT-T", "vit_small_patch16_224": "ViT-S"}
 _NUMBERS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 
 
-def refreshed(text: str, results: Sequence[Result], latest: bool, name: str) -> str:
-    """A README with its figures from results. Errors: ValueError naming it, and what it asks for in vain."""
+def refreshed(text: str, results: Sequence[Result], latest: bool, name: str, plots: str) -> str:
+    """A README with its figures from results.
+
+    name: of the README, for messages. plots: the folder with its plots, as the README names it. Errors: ValueError
+    naming the README, and what it asks for in vain.
+    """
     if not _BLOCK.search(text):
         raise ValueError(
             f"{name} has no `<!-- figures: {next(iter(BLOCKS))} -->` with `<!-- end -->` below it: add them"
@@ -28,7 +36,7 @@ def refreshed(text: str, results: Sequence[Result], latest: bool, name: str) -> 
     def of(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
             raise ValueError(f"{name} asks for figures: {match[2]}, there are {', '.join(BLOCKS)}: rename it there")
-        return f"{match[1]}\n{BLOCKS[match[2]](results, latest)}\n\n"
+        return f"{match[1]}\n{BLOCKS[match[2]](results, latest, plots)}\n\n"
 
     return _BLOCK.sub(of, text)
 
@@ -55,7 +63,7 @@ def loader_figures(results: Sequence[Result], latest: bool) -> str:
         f"On {pictures}, RandomResizedCrop({first.condition('image_size')}), uint8 batches{where}; n = {first['n']}:"
     )
     header = ["", "images/s", "to the first batch", "memory, processes"]
-    return f"{_filled(intro)}\n\n{table(header, lines, [False] * 4)}\n\n{_filled(_reduced_figures(found))}"
+    return f"{filled(intro)}\n\n{table(header, lines, [False] * 4)}\n\n{filled(_reduced_figures(found))}"
 
 
 def _reduced_figures(found: Sequence[Result]) -> str:
@@ -109,70 +117,20 @@ def train_figures(results: Sequence[Result], latest: bool) -> str:
         f"{_NUMBERS.get(ranks, ranks)} ranks on {first.source.hardware}, {model} at {side} pixels, "
         f"n = {first.condition('rounds')}, time ratios with lowest and highest):"
     )
-    return f"{_filled(intro)}\n\n{table(['', 'ratio'], lines, [False, False])}"
+    return f"{filled(intro)}\n\n{table(['', 'ratio'], lines, [False, False])}"
 
 
-def accuracy_figures(results: Sequence[Result], latest: bool) -> str:
-    """A column for each model: what a picture gets on its own, and what the others of its group make of it."""
-    from benchmarks.accuracy_summary import lines_of, shown  # with it comes torch
-
-    found = chosen(results, "accuracy", latest).chosen
-    if not found:
-        raise ValueError("the README's figures of accuracy are not measured: `python -m benchmarks accuracy`")
-    check_alike(found, within=("noise", "seed", "asked_with", "model"), same_code=True)
-    rows = [result.row for result in found]
-    models = list(dict.fromkeys(row["part"] for row in rows))
-    lines = {(line.model, line.noise, line.site, line.acts): line for line in lines_of(rows)}
-    k, pictures, epochs = (found[0].condition(name) for name in ("group_eval", "pictures", "epochs"))
-    mates = {order: _mates(rows, order) for order in ("class", "shuffled")}
-
-    def cells(noise: str, site: str, acts: str, figure: str) -> list[str]:
-        own = [lines.get((model, noise, site, acts)) for model in models]
-        return [shown(getattr(line, figure)) if line else "" for line in own]
-
-    table_lines = [["**per image, noise off**", "", *(f"**{cell}**" for cell in cells("none", "", "", "per_image"))]]
-    trained = dict.fromkeys(line.noise for line in lines.values() if (line.site, line.acts) == ("last", "training"))
-    table_lines += [
-        [f"per image, noise off; trained with {noise}", "", *cells(noise, "last", "training", "per_image")]
-        for noise in trained
-    ]
-    for site, where in (("last", "at the official place"), ("residual", "into the last block, all tokens")):
-        for order, words in (("class", "class order"), ("shuffled", "shuffled")):
-            figure = "class_order" if order == "class" else "shuffled"
-            name = f"optimal Q {where}, {words}"
-            table_lines.append([name, mates[order], *cells("optimal q", site, "inference", figure)])
-    voting = cells("none, logits averaged", "", "inference", "class_order")
-    table_lines.append(["no noise, logits averaged, class order", mates["class"], *voting])
-    intro = (
-        f"Measured (`python -m benchmarks accuracy`): {_short(models)}; {pictures}; {epochs} epochs; k = {k}; "
-        f"{_counted(len(line.per_image or line.class_order) for line in lines.values())} seeds, mean and 95 % interval "
-        "in percent:"
-    )
-    header = ["", "class mates in the group", *(model.partition(":")[0] for model in models)]
-    return f"{_filled(intro)}\n\n{table(header, table_lines, [False] * len(header))}"
+# A block's text; plots: the folder with its plots, as the README names it.
+BLOCKS: dict[str, Callable[[Sequence[Result], bool, str], str]] = {
+    "accuracy": lambda results, latest, plots: accuracy_figures(chosen(results, "accuracy", latest).chosen, plots),
+    "loader": lambda results, latest, plots: loader_figures(results, latest),
+    "train": lambda results, latest, plots: train_figures(results, latest),
+}
 
 
-def _counted(numbers: Iterable[int]) -> str:
-    found = sorted(set(numbers))
-    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
-
-
-def _mates(rows: Sequence[dict[str, Any]], order: str) -> str:
-    shares = [one["class_mates"] for row in rows for one in row["found"] if one["order"] == order]
-    return f"{100 * sum(shares) / len(shares):.1f} %"
-
-
-def _short(models: Sequence[str]) -> str:
-    parts = [model.partition(":") for model in models]
-    return " and ".join(
-        f"`{name}`" + (f" ({', '.join(options.split(','))})" if options else "") for name, _, options in parts
-    )
-
-
-BLOCKS: dict[str, Callable[[Sequence[Result], bool], str]] = {
-    "accuracy": accuracy_figures,
-    "loader": loader_figures,
-    "train": train_figures,
+# Plots that blocks show, by the name of their files; with results, `latest` and a theme.
+PLOTS: dict[str, Callable[[Sequence[Result], bool, Theme], Figure]] = {
+    PLOT: lambda results, latest, theme: draw_accuracy(chosen(results, "accuracy", latest).chosen, theme)
 }
 
 
@@ -183,11 +141,6 @@ def _by_name(results: Sequence[Result], part: str) -> dict[str, Result]:
 def _need(found: dict[str, Result], question: str, part: str, names: Iterable[str]) -> None:
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"the README's figures of {question}, {part}, lack {', '.join(missing)}: measure them")
-
-
-def _filled(sentence: str) -> str:
-    """As the README's other lines, no word broken."""
-    return textwrap.fill(sentence, 124, break_long_words=False, break_on_hyphens=False)
 
 
 def _fastest_first(rates: dict[str, Result]) -> list[str]:

@@ -87,15 +87,19 @@ def accuracy_blocks(results: Sequence[Result]) -> Iterator[Block]:
 
 def _points(line: Line) -> Iterator[Point]:
     """Those that the line has; a noise that is the identity for a picture on its own has none per image."""
-    from pipeline.report.plots import Point
-
     what = ", ".join(part for part in (line.noise, line.site, line.acts) if part)
     for order, values in (("", line.per_image), ("class order", line.class_order), ("shuffled", line.shuffled)):
         if values:
-            mean = fmean(values)
-            low, high = mean_interval(values) or (mean, mean)
-            label = f"{what}: {order}" if order else what
-            yield Point(label, mean / 100, max(0.0, low / 100), min(1.0, high / 100), transductive=bool(order))
+            yield point(f"{what}: {order}" if order else what, values, transductive=bool(order))
+
+
+def point(label: str, values: Sequence[float], transductive: bool) -> Point:
+    """Mean and 95 % interval over seeds. values: in percent."""
+    from pipeline.report.plots import Point
+
+    mean = fmean(values)
+    low, high = mean_interval(values) or (mean, mean)
+    return Point(label, mean / 100, max(0.0, low / 100), min(1.0, high / 100), transductive)
 
 
 def cifar_variant(result: Result) -> str:

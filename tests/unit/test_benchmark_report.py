@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from test_report import make_inputs
 
 from benchmarks.harness import RESULTS, read_rows
 from benchmarks.report import ReportOptions, write_report
-from benchmarks.report.readme import refreshed
+from benchmarks.report.readme import PLOTS, refreshed
 from benchmarks.report.results import read_results
 from pipeline.audit.rows import Row
 from pipeline.page import drawing
@@ -62,8 +63,14 @@ def test_timings_are_shown_without_torch(tmp_path):
 def test_the_readmes_figures_are_those_of_the_kept_results():
     text = README.read_text()
     assert text.count("<!-- figures: ") >= 2
-    found = refreshed(text, read_results(RESULTS), latest=False, name="README.md")
-    assert found == text, "run: python -m benchmarks report --readme README.md"
+    results, mend = read_results(RESULTS), "run: python -m benchmarks report --readme README.md"
+    plots = RESULTS.relative_to(README.parent).as_posix()
+    assert refreshed(text, results, latest=False, name="README.md", plots=plots) == text, mend
+    for name, draw in PLOTS.items():
+        for mode, theme in drawing.THEMES.items():
+            file = f"{plots}/{name}-{mode}.svg"
+            assert file in text
+            assert (README.parent / file).read_text() == drawing.svg_text(partial(draw, results, False), theme), mend
 
 
 def test_every_kept_timing_is_shown_or_superseded(kept):
@@ -176,7 +183,7 @@ def test_a_readme_is_written_anew_between_its_marks_alone(tmp_path):
     words = README.read_text()
     (tmp_path / "README.md").write_text(words.replace("2,866", "9,999").replace("# NoisyNN", "# Mine"))
     results = read_results(RESULTS)
-    found = refreshed((tmp_path / "README.md").read_text(), results, False, "README.md")
+    found = refreshed((tmp_path / "README.md").read_text(), results, False, "README.md", "benchmarks/results")
     assert found == words.replace("# NoisyNN", "# Mine")
 
 
