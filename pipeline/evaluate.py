@@ -17,6 +17,7 @@ from pipeline.evaluator import Evaluator
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks, join_ranks, snapshot_environment
+from pipeline.result_file import SAMPLES_KEY, result_file
 from pipeline.sections import to_json
 from pipeline.trained import Checkpoint, class_difference, load_model, open_checkpoint, require_classes, run_folder
 
@@ -97,11 +98,12 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
         )
     own = checkpoint.noise if checkpoint.noise.active(training=False) else NoiseConfig()
     noise = replace(own if config.noise.kind == "none" else config.noise, during="eval")
-    output = config.output or run_folder(checkpoint) / _default_name(config, checkpoint, noise, other)
-    if ranks.rank == 0:  # before the pass, which may take hours
-        _make_room(output)
     device = join_ranks(ranks)
     evaluator = _evaluator(config, checkpoint, noise, device)
+    samples = evaluator.reader.samples_sha256
+    output = run_folder(checkpoint) / _default_name(config, checkpoint, noise, other)
+    if ranks.rank == 0:
+        output = result_file(config.output, output, samples)
     other_evaluator = None if other is None else _evaluator(config, other, NoiseConfig(), device)
     alone = evaluator.alone(ranks)
     accuracies = [accuracy_of(alone, "per_image", where=evaluator.name_of)]
@@ -115,7 +117,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
         against = Against(other.folder, theirs, compare(alone, answers))
     found = Evaluation(accuracies, _by_class(alone, checkpoint.classes), against, output)
     if ranks.rank == 0:
-        write_json(output, _report(config, checkpoint, found))
+        write_json(output, {SAMPLES_KEY: samples} | _report(config, checkpoint, found))
     return found
 
 
@@ -159,15 +161,6 @@ def _noise_parts(config: EvaluateConfig, noise: NoiseConfig) -> list[str]:
         if config.shuffle_seed:
             parts.append(f"seed{config.shuffle_seed}")
     return parts
-
-
-def _make_room(output: Path) -> None:
-    """Its folder. Errors: ValueError where no file can be written there."""
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: name a file in it, such as {output / 'evaluate.json'}")
-    if blocked := next((p for p in output.parents if p.exists() and not p.is_dir()), None):
-        raise ValueError(f"--output {output}: {blocked} is a file, no folder: name a file in a folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _report(config: EvaluateConfig, checkpoint: Checkpoint, found: Evaluation) -> dict[str, Any]:

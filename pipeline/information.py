@@ -21,7 +21,7 @@ from pipeline.accuracy import Order
 from pipeline.checkpoint import WEIGHTS_NAME, recorded_sha256, write_json
 from pipeline.data.batch import Reader
 from pipeline.data.cache import CacheConfig
-from pipeline.data.loader import EvaluationLoader, open_split
+from pipeline.data.loader import EvaluationLoader, load_manifest, open_split
 from pipeline.data.order import class_mate_share, class_order, shuffled_order
 from pipeline.models import Preprocess
 from pipeline.noise import entropy
@@ -29,6 +29,7 @@ from pipeline.noise.config import IMAGE_SITE, LINEAR_KINDS, NoiseConfig
 from pipeline.noise.entropy import Interval
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks, join_ranks, snapshot_environment
+from pipeline.result_file import SAMPLES_KEY, result_file
 from pipeline.sections import to_json
 from pipeline.trained import Checkpoint, load_model, open_checkpoint, require_classes, run_folder
 
@@ -65,7 +66,7 @@ class EntropyConfig:
     batch: int = 250
     workers: int = 2
     output: Path | None = None
-    """Where the JSON result goes; by default into the run folder, named after the noise."""
+    """The JSON file of the result; by default in the run folder, named after step, split and noise."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """For data in a store, on this machine; the checkpoint's was the training machine's."""
 
@@ -300,22 +301,21 @@ def measure_information(config: EntropyConfig, ranks: Ranks) -> list[Information
     data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
     reader = open_split(config.data, data, checkpoint.augment.for_evaluation(), checkpoint.seed)
     require_classes(config.data, reader.classes, checkpoint)
+    output = result_file(config.output, _default_output(config, checkpoint, wanted[0]), reader.samples_sha256)
     model = load_model(checkpoint).to(join_ranks(ranks))
     rows = []
     for noise in wanted:
         injector = NoiseInjector(model, noise, data.image_size, checkpoint.seed)
         rows += measure(SiteFeatures(model, injector, reader, config.batch, config.workers), config)
         injector.remove()
-    write_json(_output(config, checkpoint, wanted[0]), _report(config, checkpoint, wanted[0], rows))
+    report = _report(config, checkpoint, wanted[0], rows)
+    write_json(output, {SAMPLES_KEY: reader.samples_sha256} | report)
     return rows
 
 
-def _output(config: EntropyConfig, checkpoint: Checkpoint, noise: NoiseConfig) -> Path:
-    if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        return config.output
-    run = run_folder(checkpoint)
-    return run / f"entropy_{noise.kind}_{noise.site_label}.json"
+def _default_output(config: EntropyConfig, checkpoint: Checkpoint, noise: NoiseConfig) -> Path:
+    split = load_manifest(config.data, config.cache).split
+    return run_folder(checkpoint) / f"entropy_step{checkpoint.step}_{split}_{noise.kind}_{noise.site_label}.json"
 
 
 def _report(

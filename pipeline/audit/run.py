@@ -80,6 +80,8 @@ class AuditConfig:
         for name, least in (("batch", 1), ("workers", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}: at least {least}")
+        for name in ("noises", "sites"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))  # else rows would stand twice
         if not self.noises:
             raise ValueError("noises is empty: name optimal_q, circular_shift, or both")
         if any(not name.strip() for site in self.sites for name in site.split(",")):

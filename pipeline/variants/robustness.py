@@ -19,6 +19,7 @@ from pipeline.intervals import Interval, wilson
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
 from pipeline.parallel import Ranks, join_ranks, require_same_on_all_ranks, snapshot_environment
+from pipeline.result_file import SAMPLES_KEY, result_file
 from pipeline.sections import to_json
 from pipeline.trained import Checkpoint, load_model, open_checkpoint, require_classes, run_folder
 from pipeline.variants.classes import wordnet_classes
@@ -58,7 +59,7 @@ class RobustnessConfig:
     workers: int = 2
     """Decoding threads of each rank."""
     output: Path | None = None
-    """Where the JSON result goes; by default robustness.json in the run folder."""
+    """The JSON file of the result; by default in the run folder, named after step, weights and sets."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """For `val` in a store."""
 
@@ -156,13 +157,14 @@ class _Session:
         self.accepted = None
         if config.real is not None:
             self.accepted = accepted_answers(self.sets[0].reader.source, read_real(config.real, self.own))
+        self.samples = {opened.name: opened.reader.samples_sha256 for opened in self.sets}
         self.cells = self._survey(config.imagenet_c) if config.imagenet_c is not None else {}
 
     def evaluate(self) -> Robustness:
         model = load_model(self.checkpoint, self.config.ema)
         injector = NoiseInjector(model, NoiseConfig(), self.data.image_size, self.checkpoint.seed)
         model.to(join_ranks(self.ranks))
-        require_same_on_all_ranks({opened.name: opened.reader.samples_sha256 for opened in self.sets}, self.ranks)
+        require_same_on_all_ranks(self.samples, self.ranks)
 
         def answers_to(opened: _Set) -> Answers:
             batch, workers = self.config.batch, self.config.workers
@@ -215,6 +217,7 @@ class _Session:
             count, digest = names_sha256(layout.root, layout.folders)
             if first is None:
                 first = layout.root, count, digest
+                self.samples[NAMES[layout.option]] = digest
                 self.notes += notes_on(layout, count, self.own)
             elif digest != first[2]:
                 raise ValueError(
@@ -257,17 +260,18 @@ def evaluate_variants(config: RobustnessConfig, ranks: Ranks) -> Robustness:
     layout is not the published one.
     """
     session = _Session(config, ranks)
+    if ranks.rank == 0:
+        output = result_file(config.output, _default_output(config, session.checkpoint), session.samples)
     found = session.evaluate()
     if ranks.rank == 0:
-        write_json(_output(config, session.checkpoint), _report(config, session.checkpoint, found))
+        write_json(output, {SAMPLES_KEY: session.samples} | _report(config, session.checkpoint, found))
     return found
 
 
-def _output(config: RobustnessConfig, checkpoint: Checkpoint) -> Path:
-    if config.output is None:
-        return run_folder(checkpoint) / "robustness.json"
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    return config.output
+def _default_output(config: RobustnessConfig, checkpoint: Checkpoint) -> Path:
+    given = [option.replace("_", "-") for option in (*NAMES, "real") if getattr(config, option) is not None]
+    parts = [f"step{checkpoint.step}", *(["ema"] if config.ema else []), *given]
+    return run_folder(checkpoint) / f"robustness_{'_'.join(parts)}.json"
 
 
 def _report(config: RobustnessConfig, checkpoint: Checkpoint, found: Robustness) -> dict[str, Any]:

@@ -36,6 +36,13 @@ def test_options_that_do_not_go_together_are_refused_by_name(options, message):
         AuditConfig(Path("x"), "y", **options)
 
 
+def test_what_is_named_twice_is_run_once():
+    twice = AuditConfig(
+        Path("x"), "y", Settings(ks=(4, 2, 4)), ("optimal_q", "optimal_q"), sites=("blocks.1", "image", "blocks.1")
+    )
+    assert (twice.protocols.ks, twice.noises, twice.sites) == ((2, 4), ("optimal_q",), ("blocks.1", "image"))
+
+
 def test_other_classes_are_named(audited_run, raw_split, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(raw_split.parent, other)

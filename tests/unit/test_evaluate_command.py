@@ -188,11 +188,25 @@ def test_no_result_is_written_over_another(raw_split, tmp_path):
     assert len(list(noisy.glob("evaluate_*"))) == 9
 
 
+def test_a_result_of_other_pictures_stands_until_the_user_says_otherwise(raw_split, sizes_split, tmp_path):
+    """Two data sets have splits of the same name; the same pictures may be evaluated again, at another place too."""
+    own = make_run(tmp_path / "own", seed=8)
+    first = evaluate(EvaluateConfig(own, raw_split, workers=0), ALONE).output
+    copy = Path(shutil.copytree(raw_split.parent, tmp_path / "copy")) / raw_split.name
+    assert evaluate(EvaluateConfig(own, copy, workers=0), ALONE).output == first
+    kept = first.read_text()
+    with pytest.raises(ValueError, match=rf"^{first} holds a result of other pictures: .* with --output$"):
+        evaluate(EvaluateConfig(own, sizes_split, workers=0), ALONE)
+    assert first.read_text() == kept
+    assert evaluate(EvaluateConfig(own, sizes_split, workers=0, output=first), ALONE).output == first
+    assert first.read_text() != kept
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_pass(run, raw_split, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.evaluate.Evaluator", None)
+    monkeypatch.setattr("pipeline.evaluate.Evaluator.alone", None)
     (tmp_path / "taken").write_text("")
     for output, message in (
-        (tmp_path, r"^--output .* is a folder: name a file in it, such as .*evaluate\.json$"),
+        (tmp_path, r"^--output .* is a folder: name a file in it, such as .*result\.json$"),
         (
             tmp_path / "taken" / "deep" / "x.json",
             r"^--output .*x\.json: .*taken is a file, no folder: name a file in a",

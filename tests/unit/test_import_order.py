@@ -28,6 +28,7 @@ ORDER = (
         "pipeline.intervals",
         "pipeline.precision",
         "pipeline.published",
+        "pipeline.result_file",
         "pipeline.answers",
         "pipeline.page",
     ),

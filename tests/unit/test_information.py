@@ -254,7 +254,7 @@ def test_the_command_prints_the_table_and_writes_it(run, jpg_split, capsys):
     assert main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "circul" in printed and "depends on Q alone" in printed and "unchanged" in printed
-    body = json.loads((run / "entropy_circular_shift_blocks.1.attn.json").read_text())
+    body = json.loads((run / "entropy_step12_train_circular_shift_blocks.1.attn.json").read_text())
     assert body["step"] == 12 and body["noise"]["strength"] == 0.3
     assert [(r["order"], r["k"], r["num_images"]) for r in body["rows"]] == [("class", 4, 24), ("shuffled", 4, 24)]
     assert body["rows"][0]["entropy_change_nats"] == pytest.approx(-math.log(0.7**4 - 0.3**4))
@@ -269,7 +269,9 @@ def test_the_command_prints_the_table_and_writes_it(run, jpg_split, capsys):
 def test_several_levels_are_several_rows(run, raw_split, tmp_path, form):
     noise = NoiseConfig("gaussian", 1.0, site="blocks.1")
     output = tmp_path / "own" / "x.json"
-    config = EntropyConfig(run, raw_split, noise, levels=(0.0, 2.0), format=form, batch=10, workers=0, output=output)
+    config = EntropyConfig(
+        run, str(raw_split), noise, levels=(0.0, 2.0), format=form, batch=10, workers=0, output=output
+    )
     off, on = measure_information(config, ALONE)
     assert (off.level, off.entropy_change_nats, off.change) == (0.0, 0.0, Interval(0, 0, 0)) and not off.positive
     assert on.entropy_change_nats < 0 and on.noisy != on.clean == off.clean

@@ -97,7 +97,7 @@ def test_what_c_lacks_is_said_and_no_mean_is_made_of_the_rest(world, cells, tmp_
     )
     printed = capsys.readouterr().out
     assert "fog/3, brightness, contrast" in printed and "so there is no mean over all" in printed
-    body = json.loads((world.run / "robustness.json").read_text())["imagenet_c"]
+    body = json.loads((world.run / "robustness_step12_imagenet-c.json").read_text())["imagenet_c"]
     assert body["mean_top1"] is None and body["mce"] is None and body["mean_top1_of"]["fog"] is None
     assert body["mean_top1_of"]["snow"] > 0
     assert set(body["missing"]) == {*CORRUPTIONS, "fog/3"} - {"snow", "fog"}
