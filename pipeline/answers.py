@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +123,16 @@ def answers_of(logits: Tensor, labels: Tensor, sample_ids: Tensor) -> Answers:
     return Answers(*(column.cpu().numpy() for column in columns))
 
 
-def joined(parts: list[Answers]) -> Answers:
-    """One after the other."""
-    assert parts, "no answers to join"
-    return Answers(*(np.concatenate(columns) for columns in zip(*(part.columns() for part in parts), strict=True)))
+def joined(parts: Iterable[Answers], most: int) -> Answers:
+    """One after the other, up to `most` answers in all.
+
+    Each part may go once it is copied: kept among the large buffers of a pass, its small arrays would break up the
+    heap, which then grew with the pictures.
+    """
+    columns = [np.empty(most, column.dtype) for column in Answers.none().columns()]
+    filled = 0
+    for part in parts:
+        for column, own in zip(columns, part.columns(), strict=True):
+            column[filled : filled + len(part)] = own
+        filled += len(part)
+    return Answers(*(column[:filled] for column in columns))

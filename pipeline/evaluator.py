@@ -6,7 +6,7 @@ pictures. What does change with them (a noise that mixes samples) is called tran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -105,17 +105,21 @@ class Evaluator:
         was_training = self.model.training
         self.model.eval()
         loader = EvaluationLoader(self.reader, ids, self.batch, group, ranks.rank, ranks.world_size, self.workers)
-        parts = []
         try:
             with whole_float32(self.half_dtype):
-                for batch in _in_rounds(loader, loader.most_batches):
-                    if not still_wanted():
-                        raise Interrupted
-                    if batch is not None:
-                        parts.append(self._answers_to(batch))
+                own = joined(self._in_rounds(loader, still_wanted), len(ids))
         finally:
             self.model.train(was_training)
-        return _gathered(parts, ids, self.device, ranks)
+        return _gathered(own, ids, self.device, ranks)
+
+    def _in_rounds(self, loader: EvaluationLoader, still_wanted: Callable[[], bool]) -> Iterator[Answers]:
+        """Of this rank's batches, in as many rounds as any rank has."""
+        batches = iter(loader)
+        for _ in range(loader.most_batches):
+            if not still_wanted():
+                raise Interrupted
+            if (batch := next(batches, None)) is not None:
+                yield self._answers_to(batch)
 
     def _answers_to(self, batch: Batch) -> Answers:
         sample_ids, labels = batch.sample_ids.to(self.device), batch.labels.to(self.device)
@@ -151,17 +155,9 @@ def _check_columns(columns: np.ndarray, classes: int) -> None:
         raise ValueError(f"{named} of the model's classes stand for the {classes} of the data: name one for each")
 
 
-def _in_rounds(batches: Iterable[Batch], rounds: int) -> Iterator[Batch | None]:
-    """None where a rank has no more, but another has."""
-    iterator = iter(batches)
-    for _ in range(rounds):
-        yield next(iterator, None)
-
-
-def _gathered(parts: list[Answers], ids: np.ndarray, device: torch.device, ranks: Ranks) -> Answers:
+def _gathered(own: Answers, ids: np.ndarray, device: torch.device, ranks: Ranks) -> Answers:
     """All ranks' answers, in the order of sample ids, on every rank: columns with zeros elsewhere are summed."""
     in_order = np.sort(ids)
-    own = joined(parts) if parts else Answers.none()
     assert np.isin(own.sample_ids, in_order).all(), "a picture was evaluated that was not asked for"
     place = np.searchsorted(in_order, own.sample_ids)
     seen = torch.from_numpy(np.bincount(place, minlength=len(ids)))

@@ -120,9 +120,29 @@ def train_figures(results: Sequence[Result], latest: bool) -> str:
     return f"{filled(intro)}\n\n{table(['', 'ratio'], lines, [False, False])}"
 
 
+def audit_figures(results: Sequence[Result], latest: bool) -> str:
+    """What it buys to keep the features, in one sentence."""
+    found = [r for r in chosen(results, "audit", latest).chosen if r.name == "features kept"]
+    by_part = {result.part: result for result in found}
+    _need(by_part, "audit", "features kept", ("nine", "grid"))
+    check_alike(list(by_part.values()), within=("compared with",))
+    nine, grid = (
+        f"{ratio.median:.2f} ({ratio.min:.2f} to {ratio.max:.2f}) times as fast"
+        for ratio in (spread_of(by_part[part], "ratio") for part in ("nine", "grid"))
+    )
+    first = by_part["nine"]
+    model, side, count = (first.condition(name) for name in ("model", "image_size", "images"))
+    return filled(
+        f"On {first.source.hardware}, {_MODELS.get(model, model)} at {side} pixels and {count} pictures, all nine "
+        f"protocols at one k go {nine} as nine whole passes, the default grid of k and orders {grid} as by whole "
+        f"passes (`python -m benchmarks audit`; n = {first['n']})."
+    )
+
+
 # A block's text; plots: the folder with its plots, as the README names it.
 BLOCKS: dict[str, Callable[[Sequence[Result], bool, str], str]] = {
     "accuracy": lambda results, latest, plots: accuracy_figures(chosen(results, "accuracy", latest).chosen, plots),
+    "audit": lambda results, latest, plots: audit_figures(results, latest),
     "loader": lambda results, latest, plots: loader_figures(results, latest),
     "train": lambda results, latest, plots: train_figures(results, latest),
 }

@@ -249,11 +249,12 @@ def averaged(logits: Tensor, k: int) -> Tensor:
 
 def _answers_of(respondent: Respondent, order: np.ndarray, k: int) -> Answers:
     """Without noise, logits averaged over groups of k; some at a time, for log-softmax in float64 wants room."""
-    parts = []
-    for ids in evaluation_batches(order, _AT_ONCE, k, rank=0, world_size=1):
+
+    def to(ids: np.ndarray) -> Answers:
         labels = torch.from_numpy(respondent.labels[ids])
-        parts.append(answers_of(averaged(respondent.plain_logits[ids], k), labels, torch.from_numpy(ids)))
-    return joined(parts)
+        return answers_of(averaged(respondent.plain_logits[ids], k), labels, torch.from_numpy(ids))
+
+    return joined(map(to, evaluation_batches(order, _AT_ONCE, k, rank=0, world_size=1)), len(order))
 
 
 def _voted(respondent: Respondent, by_class: np.ndarray, k: int, plain: Answers) -> Row:

@@ -84,7 +84,7 @@ class ModelRespondent:
         injector.enabled = True
         try:
             with whole_float32():
-                return joined([self._answers_to(ids, logits) for ids, logits in passes])
+                return joined((self._answers_to(ids, logits) for ids, logits in passes), len(order))
         finally:
             injector.enabled = False
 
