@@ -88,12 +88,12 @@ def _ends(classes: tuple[ClassCount, ...]) -> str:
     """The classes of the lowest and the highest accuracy, those without pictures aside."""
 
     def told(counts: list[ClassCount]) -> str:
-        return ", ".join(f"{count.name} {count.right} of {count.seen}" for count in counts)
+        return ", ".join(f"{count.name}: {count.right} of {count.seen}" for count in counts)
 
     ascending = sorted((count for count in classes if count.seen), key=lambda count: count.right / count.seen)
     if len(ascending) <= 2 * _ENDS:
-        return f"By class: {told(ascending)}."
-    return f"Lowest by class: {told(ascending[:_ENDS])}; highest: {told(ascending[: -_ENDS - 1 : -1])}."
+        return f"By class, {told(ascending)}."
+    return f"Lowest by class, {told(ascending[:_ENDS])}; highest, {told(ascending[: -_ENDS - 1 : -1])}."
 
 
 def _comparison(against: Against) -> str:

@@ -255,7 +255,7 @@ def test_the_table_says_counts_intervals_near_ties_and_classes(run, raw_split, c
     for figure in (f"{100 * alone.top1:.2f}", f"{100 * low:.2f}", f"{100 * high:.2f}", f"{alone.mean_loss:.4f}"):
         assert figure in text, figure
     assert "No picture's first two logits lie closer than 2^-" in text
-    assert all(f"{count.name} {count.right} of 8" in text for count in found.classes)
+    assert all(f"{count.name}: {count.right} of 8" in text for count in found.classes)
     assert max(map(len, text[: text.index("Below")].splitlines())) <= 80
 
     ties = tuple(NearTie(i, f"picture {i}") for i in range(11))
@@ -264,7 +264,7 @@ def test_the_table_says_counts_intervals_near_ties_and_classes(run, raw_split, c
     print_evaluation(dataclasses.replace(found, accuracies=[tied], classes=many))
     text = capsys.readouterr().out
     assert "The first two logits of 11 lie closer" in text and "picture 7 and 3 more, all in the JSON" in text
-    assert "Lowest by class: class 0 0 of 10, class 1 1 of 10, class 2 2 of 10; highest: class 9 9 of 10" in text
+    assert "Lowest by class, class 0: 0 of 10, class 1: 1 of 10, class 2: 2 of 10; highest, class 9: 9 of 10" in text
     assert "empty" not in text and "transductive" not in text
     assert f"{100 * alone.top5:.2f}" in text  # of eleven classes
 
