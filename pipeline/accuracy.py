@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.answers import Answers
-from pipeline.intervals import Interval, mcnemar, wilson
+from pipeline.intervals import Interval, mcnemar, sign_flip, wilson
 from pipeline.sections import from_json, to_json
 
 Order = Literal["manifest", "class", "shuffled"]
@@ -136,3 +136,13 @@ def compare(one: Answers, other: Answers) -> Comparison:
     if differing := int((one.labels != other.labels).sum()):
         raise ValueError(f"{differing} of {len(one)} pictures are labelled otherwise: evaluate both with one label map")
     return Comparison(len(one), int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum()))
+
+
+def compare_groups(one: Answers, other: Answers, k: int) -> float:
+    """p that both are equally good, where the pictures of a group of k answers hang together: `sign_flip` of groups.
+
+    Both answer the same pictures in the same order, of which k after one another are a group; k = 1 is McNemar's test.
+    """
+    assert np.array_equal(one.sample_ids, other.sample_ids), "groups are formed by one order"
+    differences = one.right.astype(np.int64) - other.right
+    return sign_flip(np.add.reduceat(differences, np.arange(0, len(differences), k)))

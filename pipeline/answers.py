@@ -74,8 +74,11 @@ class Answers:
 
     def by_id(self) -> Answers:
         """The same, in the order of sample ids."""
-        order = np.argsort(self.sample_ids, kind="stable")
-        return Answers(*(column[order] for column in self.columns()))
+        return self.at(np.argsort(self.sample_ids, kind="stable"))
+
+    def at(self, places: np.ndarray) -> Answers:
+        """Those at `places`, int64, in that order."""
+        return Answers(*(column[places] for column in self.columns()))
 
     def columns(self) -> list[np.ndarray]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]

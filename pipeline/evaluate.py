@@ -12,7 +12,9 @@ from pipeline.accuracy import Accuracy, Comparison, Order, accuracy_of, compare
 from pipeline.answers import ROUNDING, Answers
 from pipeline.checkpoint import EMA_NAME, WEIGHTS_NAME, recorded_sha256, write_json
 from pipeline.data.cache import CacheConfig
+from pipeline.data.class_order import ClassOrder, class_ordered
 from pipeline.data.loader import load_manifest, open_split
+from pipeline.data.reader import PictureReader
 from pipeline.evaluator import Evaluator
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
@@ -34,6 +36,8 @@ class EvaluateConfig:
     """Noise at inference, whatever its `during`. Without one, the noise that the checkpoint has during evaluation."""
     orders: tuple[Literal["class", "shuffled"], ...] = ("class", "shuffled")
     """Orders in which a noise that mixes pictures is run. Another has the same answers in any, and is run once."""
+    any_order: bool = False
+    """In class order take the data's own order within a class, where that of the file names is not known."""
     shuffle_seed: int = 0
     ema: bool = False
     """Evaluate the averaged weights (optim.ema_decay) instead of the last ones, those of `against` too."""
@@ -98,18 +102,22 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
         )
     own = checkpoint.noise if checkpoint.noise.active(training=False) else NoiseConfig()
     noise = replace(own if config.noise.kind == "none" else config.noise, during="eval")
-    device = join_ranks(ranks)
-    evaluator = _evaluator(config, checkpoint, noise, device)
-    samples = evaluator.reader.samples_sha256
+    reader = _reader(config, checkpoint)
+    by_class = _class_order(config, noise, reader)
     output = run_folder(checkpoint) / _default_name(config, checkpoint, noise, other)
     if ranks.rank == 0:
-        output = result_file(config.output, output, samples)
-    other_evaluator = None if other is None else _evaluator(config, other, NoiseConfig(), device)
+        output = result_file(config.output, output, reader.samples_sha256)
+    device = join_ranks(ranks)
+    evaluator = _evaluator(config, checkpoint, reader, noise, device)
+    other_evaluator = None
+    if other is not None:
+        other_evaluator = _evaluator(config, other, _reader(config, other), NoiseConfig(), device)
     alone = evaluator.alone(ranks)
     accuracies = [accuracy_of(alone, "per_image", where=evaluator.name_of)]
     if noise.kind != "none":
         orders: tuple[Order, ...] = config.orders if noise.mixes_samples else ("manifest",)
-        accuracies += [evaluator.with_noise(order, config.shuffle_seed, ranks) for order in orders]
+        ids = None if by_class is None else by_class.ids
+        accuracies += [evaluator.with_noise(order, config.shuffle_seed, ranks, ids) for order in orders]
     against = None
     if other is not None and other_evaluator is not None:
         answers = other_evaluator.alone(ranks)
@@ -117,17 +125,34 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
         against = Against(other.folder, theirs, compare(alone, answers))
     found = Evaluation(accuracies, _by_class(alone, checkpoint.classes), against, output)
     if ranks.rank == 0:
-        write_json(output, {SAMPLES_KEY: samples} | _report(config, checkpoint, found))
+        words = None if by_class is None else by_class.words
+        write_json(
+            output,
+            {SAMPLES_KEY: reader.samples_sha256, "class_order": words} | _report(config, checkpoint, found),
+        )
     return found
 
 
-def _evaluator(config: EvaluateConfig, checkpoint: Checkpoint, noise: NoiseConfig, device: torch.device) -> Evaluator:
-    """A checkpoint on the split, by its own preprocessing. Errors: ValueError where the classes are not its own."""
+def _reader(config: EvaluateConfig, checkpoint: Checkpoint) -> PictureReader:
+    """The split by a checkpoint's own preprocessing. Errors: ValueError where the classes are not its own."""
     data = replace(checkpoint.data, format=config.format, workers=config.workers, cache=config.cache)
     reader = open_split(config.data, data, checkpoint.augment.for_evaluation(), checkpoint.seed)
     require_classes(config.data, reader.classes, checkpoint)
+    return reader
+
+
+def _class_order(config: EvaluateConfig, noise: NoiseConfig, reader: PictureReader) -> ClassOrder | None:
+    """None where no noise is run in class order. Errors: as class_ordered."""
+    if not noise.mixes_samples or "class" not in config.orders:
+        return None
+    return class_ordered(config.data, load_manifest(str(config.data), config.cache), reader, config.any_order)
+
+
+def _evaluator(
+    config: EvaluateConfig, checkpoint: Checkpoint, reader: PictureReader, noise: NoiseConfig, device: torch.device
+) -> Evaluator:
     model = load_model(checkpoint, config.ema)
-    injector = NoiseInjector(model, noise, data.image_size, checkpoint.seed)
+    injector = NoiseInjector(model, noise, checkpoint.data.image_size, checkpoint.seed)
     return Evaluator(model.to(device), injector, reader, config.batch, config.workers)
 
 

@@ -71,12 +71,17 @@ class Evaluator:
         with self.injector.off():
             return self.answers(np.arange(len(self.reader)), 1, ranks, still_wanted)
 
-    def with_noise(self, order: Order, seed: int, ranks: Ranks) -> Accuracy:
-        """The injector's noise, in the manifest's order, in class order or shuffled."""
+    def with_noise(self, order: Order, seed: int, ranks: Ranks, by_class: np.ndarray | None = None) -> Accuracy:
+        """The injector's noise, in the manifest's order, in class order or shuffled.
+
+        by_class: sample ids, int64 (n,), class after class; None takes them by id within a class.
+        """
         ids = np.arange(len(self.reader))
         labels = self.reader.labels_of(ids)
-        if order != "manifest":
-            ids = class_order(labels) if order == "class" else shuffled_order(len(labels), seed)
+        if order == "class":
+            ids = class_order(labels) if by_class is None else by_class
+        elif order == "shuffled":
+            ids = shuffled_order(len(labels), seed)
         noise = self.injector.config
         group = (noise.group_size or self.batch) if noise.mixes_samples else 1
         name = f"{noise.kind}_{noise.site_label}_{order}_k{group}"

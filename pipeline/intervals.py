@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 _Z = 1.959963984540054  # of the normal distribution at 97.5 %
 
 
@@ -66,6 +68,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
         adjusted[number] = largest
     return adjusted
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """The exact two-sided p-value that two models are equally good, where answers hang together in groups.
+
+    differences: int (groups,), how many more pictures of a group one model has right than the other. If both are
+    equally good each is as likely with the other sign, so the sum of all is compared with what every flip of the signs
+    gives (Fisher, 1935). Of groups of one picture this is McNemar's test. 1.0 where nothing differs.
+    """
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    total = abs(int(differences.sum()))
+    sums = np.ones(1)  # probabilities of -highest to highest, in ones
+    for size, count in sorted(
+        zip(sizes.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]
+    ):  # cheapest so
+        # `heads` of `count` signs are positive: the sum moves by size * (2 heads - count).
+        wider = np.zeros(len(sums) + 2 * size * count)
+        for heads, probability in enumerate(_binomial(count)):
+            if probability > 0:
+                wider[2 * size * heads : 2 * size * heads + len(sums)] += probability * sums
+        sums = wider
+    return min(1.0, 2 * float(sums[len(sums) // 2 + total :].sum())) if total else 1.0
+
+
+def _binomial(n: int) -> np.ndarray:
+    """Of 0 to n heads of n coins, in logarithms first: 2^-50,000 is no float."""
+    logs = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(n + 1)])
+    return np.exp(logs - n * math.log(2))
 
 
 def mcnemar(only_one: int, only_other: int) -> float:

@@ -21,11 +21,14 @@ def result_file(output: Path | None, default: Path, samples: str | Mapping[str, 
         raise ValueError(f"--output {path} is a folder: name a file in it, such as {path / 'result.json'}")
     if blocked := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
         raise ValueError(f"--output {path}: {blocked} is a file, no folder: name a file in a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {path}: its folder cannot be made ({error.strerror}): name another") from error
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"--output {path}: {path.parent} cannot be written to: name a file in another folder")
     if output is None and path.exists() and _samples_of(path) != samples:
-        raise ValueError(f"{path} holds a result of other pictures: move it away, or name another file with --output")
+        raise ValueError(f"{path} holds a result of other pictures: move it away, or name another place with --output")
     return path
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.accuracy import compare
+from pipeline.accuracy import compare, compare_groups
 from pipeline.answers import Answers, answers_of, joined
 from pipeline.audit.rows import NAMES, Row, in_words
 from pipeline.data.order import class_mate_share, evaluation_batches, permutation, shuffled_order
+from pipeline.intervals import mcnemar
 from pipeline.noise.config import LINEAR_KINDS, NoiseConfig
 
 OnTurn = Callable[[str], None]
@@ -129,7 +130,7 @@ class _Runs:
             found = self._answers(3, k, self.by_class)
             row = self._row(3, k, "class", [found], self.by_class, remark=_small_classes(self.respondent.labels, k))
             voted = _answers_of(self.respondent, self.by_class, k)
-            rows.append(replace(row, p_voting=compare(voted, found).p_value))
+            rows.append(replace(row, p_voting=compare_groups(voted, found, k)))
             official = replace(row, protocol=8, name=NAMES[8], measure="running_mean", counts=(), p=None)
             rows.append(replace(official, figure=running_mean(found.right, k)))
         return rows
@@ -140,7 +141,7 @@ class _Runs:
         for k in self.settings.ks:
             found = [self._answers(4, k, order) for order in orders]
             row = self._row(4, k, "shuffled", found, *orders)
-            rows.append(replace(row, seed_ps=tuple(compare(answers, self.plain).p_value for answers in found)))
+            rows.append(replace(row, seed_ps=tuple(self._p(answers, k) for answers in found)))
         return rows
 
     def one_of_each(self) -> list[Row]:
@@ -168,10 +169,15 @@ class _Runs:
             found = self._answers(7, k, order).predicted[::k]
             off = self.plain.predicted[victims]  # plain answers are by id
             row = self._row(7, k, "a, rest b", [], order)
-            counts = (int((found == theirs).sum()),)
-            beside = int((off == theirs).sum())
-            rows.append(replace(row, measure="answered_b", n=len(victims), counts=counts, beside=beside))
+            swayed, anyway = found == theirs, off == theirs
+            p = mcnemar(int((swayed & ~anyway).sum()), int((anyway & ~swayed).sum()))
+            counts, beside = (int(swayed.sum()),), int(anyway.sum())
+            rows.append(replace(row, measure="answered_b", n=len(victims), counts=counts, beside=beside, p=p))
         return rows
+
+    def _p(self, found: Answers, k: int) -> float:
+        """That it is as good as the model per image."""
+        return compare_groups(found, self.plain.at(found.sample_ids), k)  # plain answers are by id
 
     def _answers(self, protocol: int, k: int, order: np.ndarray) -> Answers:
         self.on_turn(f"{self.noise.kind} at {self.noise.site}, k = {k}: {NAMES[protocol]}")
@@ -203,7 +209,7 @@ class _Runs:
             n=len(self.by_class),
             class_mates=float(np.mean(shares)) if shares else 0.0 if protocol == 7 else None,
             differing=differing,
-            p=compare(found[0], self.plain).p_value if len(found) == 1 else None,
+            p=self._p(found[0], k) if len(found) == 1 else None,
             remark=remark,
         )
 
@@ -268,7 +274,7 @@ def _voted(respondent: Respondent, by_class: np.ndarray, k: int, plain: Answers)
         counts=(found.top1,),
         n=len(found),
         class_mates=class_mate_share(respondent.labels[by_class], k),
-        p=compare(found, plain).p_value,
+        p=compare_groups(found, plain.at(by_class), k),
         remark=_small_classes(respondent.labels, k),
     )
 

@@ -55,12 +55,15 @@ class Row:
     differing: int | None = None
     """Pictures answered otherwise than with the noise off: of k = 1, where there must be none."""
     p: float | None = None
-    """That it is as good as the model per image, by McNemar's exact test on the same pictures, two-sided. It takes
-    answers as independent, as Wilson's interval does. None over several seeds, and where the pictures are others."""
+    """That it is as good as the model per image on the same pictures, two-sided and exact: by flipping the signs of
+    whole groups (intervals.sign_flip; with k = 1, and for the twin, McNemar's test). Of victims: that the noise changes
+    nothing, by McNemar's test. None over several seeds."""
     seed_ps: tuple[float, ...] = ()
     """Of shuffled orders: p of each seed."""
     p_voting: float | None = None
     """Of class order: that plain voting over the same groups (protocol 6) is as good, as p."""
+    unlike: str = ""
+    """Of the clean twin: what else its training differs in."""
     remark: str = ""
     """Why it was not run, or what else is to be said."""
 
@@ -83,6 +86,7 @@ class Row:
         """95 %: Wilson's of one count, Student's t of a mean over seeds.
 
         Wilson's takes answers as independent, which those of one group are not: of transductive rows it is too narrow.
+        Student's is over orders of these pictures; which pictures they are is not in it.
         """
         if len(self.counts) == 1:
             return wilson(self.counts[0], self.n)
@@ -124,6 +128,8 @@ def in_words(p: float | None) -> str:
     """A p-value."""
     if p is None:
         return "unknown"
+    if p < 1e-300:
+        return "below 1e-300"
     return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 

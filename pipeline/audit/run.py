@@ -16,7 +16,6 @@ import tyro
 
 from data_prep.manifest import atomic_file
 from pipeline.answers import Answers
-from pipeline.audit.class_order import ClassOrder, class_ordered
 from pipeline.audit.findings import Audit
 from pipeline.audit.markdown import markdown_of
 from pipeline.audit.page import page_of
@@ -28,12 +27,14 @@ from pipeline.audit.twin import check_twin, differences
 from pipeline.audit.verdict import verdict
 from pipeline.checkpoint import write_json
 from pipeline.data.cache import CacheConfig
+from pipeline.data.class_order import ClassOrder, class_ordered
 from pipeline.data.loader import load_manifest, open_split
 from pipeline.data.reader import PictureReader
 from pipeline.evaluator import Evaluator
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector, site_shapes
 from pipeline.parallel import Ranks, join_ranks, snapshot_environment
+from pipeline.result_file import result_file
 from pipeline.sections import to_json
 from pipeline.trained import open_checkpoint
 
@@ -141,7 +142,8 @@ def audit(config: AuditConfig, ranks: Ranks, arguments: Sequence[str] = ()) -> A
         answers = None if twin is None else twin.answers
         rows = run_protocols(respondent, prepared.noises, config.protocols, prepared.order.ids, answers, _say)
     if twin is not None and twin.differences:
-        rows[-1] = replace(rows[-1], remark=f"{rows[-1].remark}; {twin.differences}")
+        remark = f"{rows[-1].remark}; {twin.differences}"
+        rows[-1] = replace(rows[-1], unlike=twin.differences, remark=remark)
     command = shlex.join(("python", "-m", "pipeline", "audit", *arguments))
     found = _found(config, prepared, twin, rows, told, command, time.monotonic() - begun)
     write_json(prepared.output / "audit.json", found.to_json())
@@ -172,7 +174,8 @@ def _prepare(config: AuditConfig) -> _Prepared:
     order = class_ordered(config.data, manifest, reader, config.any_order)
     if config.scratch is not None and not config.scratch.is_dir():
         raise FileNotFoundError(f"scratch {config.scratch} is no folder: make it, or name another")
-    output.mkdir(parents=True, exist_ok=True)
+    result = output / "audit.json"
+    result_file(None if config.output is None else result, result, reader.samples_sha256)
     return _Prepared(subject, reader, noises, order, output, twin)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from pipeline.audit.cut import official_place
@@ -19,6 +20,7 @@ from pipeline.noise.config import LINEAR_KINDS, NoiseConfig
 from pipeline.published import HEADLINES, Headline, Resolution
 from pipeline.trained import Checkpoint, class_difference, load_model, open_checkpoint, require_classes, run_folder
 from pipeline.variants.classes import synsets
+from pipeline.weights import timm_settings
 
 PAPER_K = 10
 LinearKind = Literal["optimal_q", "circular_shift"]
@@ -73,7 +75,10 @@ def subject_of(source: Path, ema: bool) -> Subject:
 
 
 def published_subject(weights: Path, resolution: Resolution) -> Subject:
-    """timm's weights in a local file as the official run has them: pictures squashed, by torchvision's bilinear filter.
+    """timm's weights in a local file, with the official run's pictures.
+
+    They are squashed by torchvision's bilinear filter, and normalised by ImageNet's mean and deviation, whatever the
+    weights were trained with.
 
     Errors: FileNotFoundError, ValueError naming the file where it is not there or holds another model.
     """
@@ -84,10 +89,12 @@ def published_subject(weights: Path, resolution: Resolution) -> Subject:
         )
     with open(weights, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    model = create_model(ModelConfig(published.model, init_from=weights), len(synsets("imagenet")), resolution)
+    timm_settings(model).update(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     return Subject(
         source=weights,
         home=weights.parent,
-        model=create_model(ModelConfig(published.model, init_from=weights), len(synsets("imagenet")), resolution),
+        model=model,
         model_name=published.model,
         data=DataConfig(image_size=resolution),
         augment=AugmentConfig(eval_crop="squash", interpolation="bilinear"),

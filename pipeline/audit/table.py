@@ -14,9 +14,11 @@ from pipeline.audit.rows import Row, per_image, points_over, signed
 HEADER = ("protocol", "k", "top-1 %", "95 % interval", "difference", "order", "class mates %", "n")
 NOTES = (
     "k: pictures in a group. Every figure with k above 1 is transductive: a picture's answer hangs on the others of "
-    "its group. Intervals are Wilson's, or Student's t over shuffled orders. They and p (McNemar's, exact) take "
-    "answers as independent, which those of one group are not: of transductive rows intervals are too narrow and p too "
-    "small. Difference: points over the model per image.",
+    "its group. Difference: points over the model per image.",
+    "Intervals are Wilson's, which takes answers as independent; those of one group are not, so of transductive rows "
+    "they are too narrow. Over several shuffled orders they are Student's t of the mean: what the order does to these "
+    "pictures, not which pictures they are. p is exact and heeds groups: the signs of whole groups' differences are "
+    "flipped; for pictures on their own that is McNemar's test.",
     "7: the share of pictures that are answered as their mates' class, in brackets that of the same pictures with the "
     "noise off. 8: the mean over batches of the accuracy so far, which weighs the first classes most; it is no "
     "accuracy of a set of pictures. 9: the clean twin's own top-1 per image.",

@@ -34,6 +34,7 @@ Kind = Literal[
     "twin better",
     "twin worse",
     "twins equal",
+    "no twins",
     "no twin",
 ]
 
@@ -113,7 +114,7 @@ def _voting(row: Row, best: Row) -> Finding:
     where = f"Averaging the plain logits over the same groups has {_percent(row)}"
     test = f"p = {in_words(best.p_voting)}"
     if best.p_voting is None or best.p_voting >= ALPHA:
-        words = f"{where}, as much as with the noise ({test}): no noise is needed for the gain."
+        words = f"{where}, not told apart from what the noise gets ({test}): the gain comes without noise too."
         return Finding("voting does as much", words)
     if points_over(row, best) > 0:
         return Finding("voting does it", f"{where}, more than with the noise ({test}): the gain needs no noise.")
@@ -152,13 +153,14 @@ def _adversarial(rows: Sequence[Row], k: int) -> Iterator[Finding]:
     if not found:
         return
     row = found[0]
-    assert row.interval is not None and row.beside is not None
+    assert row.beside is not None
     off = row.beside / row.n
+    swayed = row.p is not None and row.p < ALPHA and row.counts[0] > row.beside
     words = (
         f"In a group of {k}, the rest of one other class, {_percent(row)} of {row.n:,} pictures are answered as that "
-        f"class; with the noise off {100 * off:.2f} % of the same are."
+        f"class; with the noise off {100 * off:.2f} % of the same are (p = {in_words(row.p)})."
     )
-    yield Finding("swayed by mates" if row.interval.low > off else "not swayed", words)
+    yield Finding("swayed by mates" if swayed else "not swayed", words)
 
 
 def _of_twin(row: Row, plain: Row) -> Finding:
@@ -171,11 +173,14 @@ def _of_twin(row: Row, plain: Row) -> Finding:
         "points there"
     )
     test = f"p = {in_words(row.p)}"
+    if row.unlike:
+        return Finding("no twins", f"{where} ({test}), but {row.unlike}: this says nothing of the noise.")
     if row.p is None or row.p >= ALPHA:
         return Finding("twins equal", f"{where}, not told apart from none ({test}): no gain is seen to survive.")
+    one = "It is one training of each: what of this is the noise's and what chance, only more seeds can tell."
     if difference < 0:
-        return Finding("twin better", f"{where} ({test}): what training with noise gave survives for a single picture.")
-    return Finding("twin worse", f"{where} ({test}): training with noise cost accuracy.")
+        return Finding("twin better", f"{where} ({test}): a gain that survives for a single picture. {one}")
+    return Finding("twin worse", f"{where} ({test}): the noisy training came out worse. {one}")
 
 
 def _told_apart(row: Row, plain: Row) -> int:

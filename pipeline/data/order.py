@@ -163,7 +163,10 @@ def training_micro_batches(order: Order, epoch: int, layout: Layout, start_step:
 
 
 def class_order(labels: np.ndarray) -> np.ndarray:
-    """Sample ids class by class, by id within a class: ImageFolder's order, whatever the shards' order."""
+    """Sample ids class by class, by id within a class: ImageFolder's order where ids follow the file names.
+
+    Of shards that were shuffled they do not; see class_order.py.
+    """
     return np.argsort(labels, kind="stable")
 
 

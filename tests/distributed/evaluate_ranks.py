@@ -108,8 +108,7 @@ def live(rank: int, world_size: int, port: int, folder: Path) -> None:
     reader, found = Pictures(), []
     for name in ("vit_tiny_patch16_224", "resnet10t"):
         for order, (batch, workers) in enumerate(PASSES):
-            # Three workers in each of four ranks would be twelve processes: fewer where there are many ranks.
-            found.append(one_pass(name, reader, batch, workers if world_size < 3 else workers % 2, order, ranks))
+            found.append(one_pass(name, reader, batch, workers, order, ranks))
     if world_size == 3:
         assert given_up(reader, ranks)
     if rank == 0:

@@ -12,7 +12,9 @@ from small_shards import CLASSES
 
 from pipeline.__main__ import main
 from pipeline.audit import subject
-from pipeline.models import ModelConfig, create_model
+from pipeline.models import ModelConfig, Preprocess, create_model
+from pipeline.noise.config import NoiseConfig
+from pipeline.noise.inject import NoiseInjector
 from pipeline.published import HEADLINES
 
 
@@ -37,7 +39,7 @@ def test_paper_sets_the_official_run_and_prints_what_is_published(small_paper, n
     assert body["published"]["marked"] == "published"
     assert body["weights_sha256"] == hashlib.sha256(small_paper.read_bytes()).hexdigest()
     out = capsys.readouterr().out
-    assert "normalised as timm has it for these weights" in " ".join(out.split())
+    assert "normalised by ImageNet's mean and deviation, where timm has 0.5" in " ".join(out.split())
     assert "84.53 % published" in out and "93.87 % published" in out
     page = (tmp_path / "audit" / "audit.html").read_text()
     assert "84.53 (published)" in page and "93.87 (published)" in page
@@ -50,11 +52,14 @@ def test_the_published_settings_are_the_paper_s():
     }
 
 
-def test_paper_squashes_and_takes_the_model_s_own_normalisation(small_paper):
+def test_paper_reads_pictures_as_the_official_loader_does(small_paper):
     official = subject.published_subject(small_paper, 224)
     assert (official.augment.eval_crop, official.augment.interpolation) == ("squash", "bilinear")
     assert official.data.image_size == 224
-    assert official.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    preprocess = Preprocess(official.model, torch.device("cpu"), NoiseInjector(official.model, NoiseConfig(), 224, 0))
+    assert preprocess.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert preprocess.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert create_model(ModelConfig("vit_tiny_patch16_224"), 3, 224).pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
 
 
 def test_other_weights_and_other_classes_than_the_paper_s(small_paper, raw_split, tmp_path, capsys, monkeypatch):

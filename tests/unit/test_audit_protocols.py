@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sign_flips import flipped
 
 from pipeline.answers import Answers, answers_of
 from pipeline.audit.protocols import (
@@ -102,7 +103,7 @@ def test_class_order_is_the_mixing_written_out(rows, respondent, k):
     assert row.value > plain.value  # else this would show nothing
     assert row.class_mates == 1.0  # twenty of a class: 4 and 10 divide them
     before = respondent.plain_logits.numpy()[order].argmax(1) == respondent.labels[order]
-    assert row.p == mcnemar(int((expected & ~before).sum()), int((before & ~expected).sum()))
+    assert row.p == pytest.approx(flipped(expected, before, k), rel=1e-9)
 
 
 @pytest.mark.parametrize("k", [4, 10])
@@ -116,7 +117,7 @@ def test_shuffled_gives_a_count_for_each_seed_and_student_s_interval(rows, respo
     before = respondent.plain_logits.numpy().argmax(1) == respondent.labels
     for order, p in zip(orders, row.seed_ps, strict=True):
         after = right(respondent, order, replace(NOISE, group_size=k))
-        assert p == mcnemar(int((after & ~before[order]).sum()), int((before[order] & ~after).sum()))
+        assert p == pytest.approx(flipped(after, before[order], k), rel=1e-9)
     assert row.spread == (min(expected) / N, max(expected) / N)
     assert row.class_mates == pytest.approx(np.mean([class_mate_share(respondent.labels[o], k) for o in orders]))
 
@@ -126,7 +127,9 @@ def test_voting_is_the_mean_of_plain_logits(rows, respondent):
     means = respondent.plain_logits.numpy()[order].reshape(-1, 10, CLASSES).mean(1).repeat(10, axis=0)
     assert one(rows, 6, 10).counts == (int((means.argmax(1) == respondent.labels[order]).sum()),)
     voted, noisy = means.argmax(1) == respondent.labels[order], right(respondent, order, replace(NOISE, group_size=10))
-    assert one(rows, 3, 10).p_voting == mcnemar(int((voted & ~noisy).sum()), int((noisy & ~voted).sum()))
+    assert one(rows, 3, 10).p_voting == pytest.approx(flipped(voted, noisy, 10), rel=1e-9)
+    before = respondent.plain_logits.numpy()[order].argmax(1) == respondent.labels[order]
+    assert one(rows, 6, 10).p == pytest.approx(flipped(voted, before, 10), rel=1e-9)
     assert one(rows, 6, 10).noise is None and one(rows, 6, 10).transductive
 
 
@@ -175,14 +178,16 @@ def test_a_victim_stands_among_others_of_one_class(respondent):
 def test_victims_answered_as_their_mates_are_counted_beside_the_plain_answers(rows, respondent):
     order = victims_among_others(respondent.labels, 10, 30, 0)
     logits = respondent.plain_logits.numpy()
-    swayed, off = 0, 0
+    swayed, off, only_swayed = 0, 0, 0
     for group in order.reshape(-1, 10):
         theirs = respondent.labels[group[1]]
-        swayed += (logits[group[0]] * 2 + logits[group[1:]].sum(0)).argmax() == theirs
-        off += logits[group[0]].argmax() == theirs
+        with_noise = (logits[group[0]] * 2 + logits[group[1:]].sum(0)).argmax() == theirs
+        without = logits[group[0]].argmax() == theirs
+        swayed, off, only_swayed = swayed + with_noise, off + without, only_swayed + (with_noise and not without)
     row = one(rows, 7, 10)
     assert (row.counts, row.beside, row.n) == ((swayed,), off, 30) and swayed > off
     assert row.beside_interval == wilson(off, 30) and row.class_mates == 0.0
+    assert row.p == mcnemar(only_swayed, only_swayed - (swayed - off))
 
 
 def test_victims_are_sought_among_all_pictures():

@@ -14,6 +14,8 @@ from pipeline.audit.run import AuditConfig, audit
 from pipeline.checkpoint import WEIGHTS_NAME
 from pipeline.parallel import Ranks
 
+ALONE = Ranks(0, 1, launched=False)
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -41,6 +43,23 @@ def test_what_is_named_twice_is_run_once():
         Path("x"), "y", Settings(ks=(4, 2, 4)), ("optimal_q", "optimal_q"), sites=("blocks.1", "image", "blocks.1")
     )
     assert (twice.protocols.ks, twice.noises, twice.sites) == ((2, 4), ("optimal_q",), ("blocks.1", "image"))
+
+
+def test_an_audit_of_other_pictures_stands_until_the_user_says_otherwise(raw_split, sizes_split, tmp_path):
+    run = make_run(tmp_path / "run")
+    audit(config_of(run, raw_split), ALONE)
+    result = run / "audit" / "audit.json"
+    kept = result.read_text()
+    with pytest.raises(ValueError, match=rf"^{result} holds a result of other pictures: .* with --output$"):
+        audit(config_of(run, sizes_split), ALONE)
+    assert result.read_text() == kept
+    audit(config_of(run, sizes_split, output=run / "audit"), ALONE)
+    assert result.read_text() != kept
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_pass(audited_run, raw_split, capsys):
+    error = refused([str(audited_run), str(raw_split), "--ks", "2", "--output", "/proc/nowhere"], capsys)
+    assert "--output /proc/nowhere" in error and "name another" in error
 
 
 def test_other_classes_are_named(audited_run, raw_split, tmp_path, capsys):

@@ -32,7 +32,7 @@ def made(*changed: Row) -> list[Row]:
         row(5, 10, 2000, p=1e-9),
         row(6, 2, 7000, p=1e-9),
         row(6, 10, 9790, p=0.0),
-        row(7, 10, 400, n=500, beside=10, measure="answered_b"),
+        row(7, 10, 400, n=500, beside=10, measure="answered_b", p=1e-9),
         row(9, 1, remark="not run: name the clean twin with --twin"),
     ]
     places = {(r.protocol, r.k): r for r in rows}
@@ -118,8 +118,18 @@ def test_the_best_of_several_k_pays_for_the_search():
     [
         (9790, 1e-9, "voting does it", "97.90 %, more than with the noise (p = 1.0e-09): the gain needs no noise"),
         (9500, 1e-9, "voting does less", "95.00 %, less than with the noise"),
-        (9645, 0.4, "voting does as much", "96.45 %, as much as with the noise (p = 0.40): no noise is needed"),
-        (9630, 0.4, "voting does as much", "96.30 %, as much as with the noise (p = 0.40): no noise is needed"),
+        (
+            9645,
+            0.4,
+            "voting does as much",
+            "96.45 %, not told apart from what the noise gets (p = 0.40): the gain comes without",
+        ),
+        (
+            9630,
+            0.4,
+            "voting does as much",
+            "96.30 %, not told apart from what the noise gets (p = 0.40): the gain comes without",
+        ),
     ],
 )
 def test_plain_voting_is_compared_on_the_same_pictures(count, p, kind, said):
@@ -129,9 +139,11 @@ def test_plain_voting_is_compared_on_the_same_pictures(count, p, kind, said):
 def test_a_picture_among_others():
     said = words("swayed by mates", made())
     assert "In a group of 10, the rest of one other class, 80.00 % of 500 pictures are answered as that class" in said
-    assert "noise off 2.00 % of the same are" in said
-    rows = made(row(7, 10, 11, n=500, beside=10, measure="answered_b"))
-    assert "2.20 % of 500" in words("not swayed", rows)
+    assert "noise off 2.00 % of the same are (p = 1.0e-09)" in said
+    rows = made(row(7, 10, 14, n=500, beside=10, measure="answered_b", p=0.13))
+    assert "2.80 % of 500" in words("not swayed", rows)
+    rows = made(row(7, 10, 2, n=500, beside=10, measure="answered_b", p=0.01))
+    assert "0.40 % of 500" in words("not swayed", rows)
     unasked = made(row(7, 10, n=0, remark="not run: no other class has 9 pictures"))
     assert not {"swayed by mates", "not swayed"} & {finding.kind for finding in verdict(unasked)}
 
@@ -139,9 +151,14 @@ def test_a_picture_among_others():
 @pytest.mark.parametrize(
     ("twin", "p", "kind", "said"),
     [
-        (5700, 1e-5, "twin better", "-2.43 points there (p = 1.0e-05): what training with noise gave survives"),
+        (
+            5700,
+            1e-5,
+            "twin better",
+            "-2.43 points there (p = 1.0e-05): a gain that survives for a single picture. It is",
+        ),
         (5930, 0.71, "twins equal", "-0.13 points there, not told apart from none (p = 0.71): no gain is seen to"),
-        (6200, 0.004, "twin worse", "+2.57 points there (p = 0.004): training with noise cost accuracy"),
+        (6200, 0.004, "twin worse", "+2.57 points there (p = 0.004): the noisy training came out worse. It is one"),
     ],
 )
 def test_what_survives_for_a_single_picture(twin, p, kind, said):
@@ -149,6 +166,13 @@ def test_what_survives_for_a_single_picture(twin, p, kind, said):
     assert said in words(kind, rows)
     assert f"59.43 % here, {twin / 100:.2f} % for the clean twin" in words(kind, rows)
     assert verdict(rows)[-1].kind == kind
+
+
+def test_nothing_is_said_of_the_noise_where_the_trainings_differ_in_more():
+    differing = "beside the noise they differ in epochs 4 here, 2 there"
+    said = words("no twins", made(row(9, 1, 5700, p=1e-5, unlike=differing)))
+    assert f"-2.43 points there (p = 1.0e-05), but {differing}: this says nothing of the noise." in said
+    assert "survives" not in said
 
 
 def test_without_a_twin_the_question_stays_open():

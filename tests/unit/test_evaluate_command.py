@@ -79,7 +79,8 @@ def run(tmp_path) -> Path:
 @pytest.mark.parametrize("form", ["wds", "ffcv"])
 def test_evaluate_a_checkpoint(run, raw_split, form):
     noise = NoiseConfig(kind="optimal_q", site="blocks.0", group_size=4)
-    found = evaluate(EvaluateConfig(run, raw_split, noise=noise, format=form, batch=10, workers=0), ALONE)
+    config = EvaluateConfig(run, raw_split, noise, any_order=True, format=form, batch=10, workers=0)
+    found = evaluate(config, ALONE)
     assert [r.order for r in found.accuracies] == ["manifest", "class", "shuffled"]
     assert [r.transductive for r in found.accuracies] == [False, True, True]
     assert all(r.num_images == 24 for r in found.accuracies)
@@ -173,7 +174,7 @@ def test_no_result_is_written_over_another(raw_split, tmp_path):
     for options, name in (
         ({}, f"train_{own}"),
         ({"ema": True}, f"train_ema_{own}"),
-        ({"data": manifest, "format": "ffcv"}, f"val_{own}"),
+        ({"data": manifest, "format": "ffcv", "any_order": True}, f"val_{own}"),
         ({"noise": dataclasses.replace(acts, group_size=None)}, "train_optimal_q_blocks.0_k24"),
         ({"noise": dataclasses.replace(acts, spare_prefix_tokens=False)}, "train_optimal_q_blocks.0_all-tokens_k4"),
         ({"shuffle_seed": 3}, f"train_{own}_seed3"),

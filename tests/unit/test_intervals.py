@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from scipy import stats
+from sign_flips import p_of
 
-from pipeline.intervals import holm, mcnemar, mean_interval, wilson
+from pipeline.intervals import holm, mcnemar, mean_interval, sign_flip, wilson
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,40 @@ def test_mcnemar_is_the_exact_binomial_test(only_one, only_other):
     expected = stats.binomtest(only_one, n).pvalue if n else 1.0
     assert mcnemar(only_one, only_other) == pytest.approx(expected, rel=1e-9, abs=1e-300)
     assert mcnemar(only_other, only_one) == mcnemar(only_one, only_other)
+
+
+@pytest.mark.parametrize("differences", [[], [0, 0], [3], [2, 2, -1], [5, -3, 4, 0, 1, 1, -2, 7], [-4] * 9, [1, -1]])
+def test_flips_of_whole_groups_are_those_written_out(differences):
+    expected = p_of(differences)
+    assert sign_flip(np.array(differences, np.int64)) == pytest.approx(expected, rel=1e-12)
+    assert sign_flip(-np.array(differences, np.int64)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_flips_of_groups_of_one_are_mcnemars():
+    for one, other in ((3, 3), (0, 12), (310, 402), (4_900, 5_300)):
+        assert sign_flip(np.array([1] * one + [-1] * other + [0] * 9)) == pytest.approx(mcnemar(one, other), rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [2, 10, 50])
+def test_flips_of_groups_reject_an_equal_model_as_seldom_as_they_say(k):
+    """Whole groups answered alike, by two equally good models: McNemar's test finds up to 83 % of them to differ."""
+    rng = np.random.RandomState(k)
+    found, independent = [], []
+    for _ in range(400):
+        one, other = rng.rand(2, 1000 // k) < 0.7
+        found.append(sign_flip(k * (one.astype(np.int64) - other)))
+        independent.append(mcnemar(k * int((one & ~other).sum()), k * int((other & ~one).sum())))
+    assert np.mean(np.array(found) < 0.05) < 0.08
+    assert np.mean(np.array(independent) < 0.05) > 0.1  # what the groups are for
+
+
+def test_flips_of_imagenets_validation_set_are_exact():
+    """5,000 groups of ten, all of which change, far out in the tail, where an FFT would give its rounding."""
+    differences = np.random.RandomState(0).randint(-10, 11, 5000) + 1
+    spread = np.sqrt((differences.astype(float) ** 2).sum())
+    expected = 2 * stats.norm.sf((abs(differences.sum()) - 0.5) / spread)
+    assert 1e-60 < expected < 1e-20
+    assert np.log(sign_flip(differences)) == pytest.approx(np.log(expected), rel=0.02)
 
 
 def test_the_interval_of_a_mean_is_student_s():

@@ -46,7 +46,7 @@ def class_ordered(where: str, manifest: Manifest, reader: PictureReader, any_ord
         return ClassOrder(class_order(labels), f"by sample id: {why}")
     raise ValueError(
         f"{where}: {why}, so ImageFolder's order within a class is not known: write the shards from class folders with "
-        "`python -m data_prep shard --keep-order`, or take any order within a class with --any-order (not with --paper)"
+        "`python -m data_prep shard --keep-order`, or take any order within a class with --any-order"
     )
 
 
