@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,20 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.harness import Contestant, Row, check_output, circumstances_of, compare, finish, status_line, summarise
-from benchmarks.memory import Memory, peak_in_new_process
+from benchmarks.harness import (
+    Contestant,
+    OnTurn,
+    Row,
+    append_rows,
+    check_output,
+    circumstances_of,
+    compare,
+    print_circumstances,
+    print_parts,
+    status_line,
+    summarise,
+)
+from benchmarks.memory import MemoryRow, peak_in_new_process, print_memory
 from pipeline.answers import Answers
 from pipeline.audit import rows
 from pipeline.audit.cut import official_place
@@ -119,17 +131,18 @@ class _Audited:
 def _silent(line: str) -> None: ...
 
 
-def measure_audit(options: AuditOptions, command: Sequence[str]) -> list[Row]:
+def measure_audit(options: AuditOptions, command: Sequence[str]) -> list[Row | MemoryRow]:
     """Measures, writes and prints. Errors: ValueError, OSError naming the file or option and the mend."""
     path = check_output(options.output, "audit")
     circumstances = circumstances_of(command, options.note)
-    audited, found = _Audited(options, options.images), []
+    audited, timed = _Audited(options, options.images), []
     with status_line() as on_turn:
         for part in dict.fromkeys(options.parts):
             settings = replace(_PARTS[part], victims=options.images // _VICTIMS)
             contestants = _contestants(audited, settings, part)
             timings = compare(contestants, options.rounds, _agree, on_turn)
-            found += summarise("audit", part, "pictures", contestants, timings)
+            timed += summarise("audit", part, "pictures", contestants, timings)
+        memory = list(_memory(options, on_turn)) if options.memory else []
     conditions = {
         "model": options.model,
         "site": audited.noise.site,
@@ -138,13 +151,12 @@ def measure_audit(options: AuditOptions, command: Sequence[str]) -> list[Row]:
         "batch": options.batch,
         "victims": options.images // _VICTIMS,
     }
-    if options.memory:
-        grown = {count: _memory(options, count) for count in (options.images, 4 * options.images)}
-        conditions["memory_bytes"] = {count: memory._asdict() for count, memory in grown.items()}
-    finish(found, circumstances | {"conditions": conditions}, path)
-    for count, memory in (grown if options.memory else {}).items():
-        own, files = memory.own_bytes / 1e6, memory.file_bytes / 1e6
-        print(f"{count:,} pictures: {own:,.0f} MB of its own, {files:,.0f} MB of mapped files (page cache)")
+    found: list[Row | MemoryRow] = [*timed, *memory]
+    append_rows(path, [row.to_json(circumstances | {"conditions": conditions}) for row in found])
+    print_parts(timed)
+    print_memory(memory)
+    print_circumstances(options.rounds, circumstances)
+    print(f"{len(found)} rows, with versions, commit and command, added to {path}")
     return found
 
 
@@ -169,8 +181,13 @@ def _agree(one: list[rows.Row], other: list[rows.Row]) -> str | None:
     return f"other counts: {', '.join(differing)}" if differing else None
 
 
-def _memory(options: AuditOptions, images: int) -> Memory:
-    return peak_in_new_process(partial(_prepare, options, images))
+def _memory(options: AuditOptions, on_turn: OnTurn) -> Iterator[MemoryRow]:
+    """At two numbers of pictures: what grows with them is told from what does not."""
+    for images in (options.images, 4 * options.images):
+        name = f"{images:,} pictures"
+        on_turn(f"{name}: memory")
+        peak = peak_in_new_process(partial(_prepare, options, images))
+        yield MemoryRow("audit", "memory", name, "features kept, all nine protocols at k = 10, 1 shuffle", *peak)
 
 
 def _prepare(options: AuditOptions, images: int) -> Callable[[], object]:

@@ -13,6 +13,15 @@ from benchmarks.harness import print_table
 CLEAN, NOISY = "clean", "noisy"
 PER_IMAGE, ALONE, CLASS_ORDER, SHUFFLED, ONE_OF_EACH, VOTE = range(1, 7)  # of pipeline.audit's protocols
 _PLACES = {OFFICIAL: "official place", RESIDUAL: "residual stream, all tokens"}
+_ORDERS = {CLASS_ORDER: "class order", SHUFFLED: "shuffled", ONE_OF_EACH: "one of each class"}
+# The table's lines: (protocol, place).
+SHOWN: dict[tuple[int, str | None], str] = {
+    (PER_IMAGE, None): "per image, noise off",
+    **{
+        (number, place): f"optimal Q, {text}, {of}" for place, text in _PLACES.items() for number, of in _ORDERS.items()
+    },
+    (VOTE, None): "no noise, logits averaged, class order",
+}
 
 Rows = Sequence[dict[str, Any]]
 
@@ -130,14 +139,8 @@ def print_summary(rows: Rows) -> None:
 
 def summary_table(rows: Rows) -> tuple[str, list[str], list[list[str]]]:
     """(title, header, a line for each protocol and twin)."""
-    labels: dict[tuple[int, str | None], str] = {(PER_IMAGE, None): "per image, noise off"}
-    for place, text in _PLACES.items():
-        labels[CLASS_ORDER, place] = f"optimal Q, {text}, class order"
-        labels[SHUFFLED, place] = f"optimal Q, {text}, shuffled"
-        labels[ONE_OF_EACH, place] = f"optimal Q, {text}, one of each class"
-    labels[VOTE, None] = "no noise, logits averaged, class order"
     lines = []
-    for (protocol, where), label in labels.items():
+    for (protocol, where), label in SHOWN.items():
         for twin in (CLEAN, NOISY):
             if of_twin := [row for row in rows if row["contestant"] == twin]:
                 lines.append([label, twin, *_cells(of_twin, protocol, where)])

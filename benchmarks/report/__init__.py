@@ -31,7 +31,7 @@ class ReportOptions:
     runs: tuple[Path, ...] = ()
     """Run folders of `python -m pipeline train` to be shown too."""
     latest: bool = False
-    """Of each table the newest run alone, where results of several do not compare."""
+    """Of each table the newest result and those that compare with it, where results of several runs do not."""
     readme: Path | None = None
     """A README whose figures are to be written anew: what stands between `<!-- figures: ... -->` and `<!-- end -->`."""
 

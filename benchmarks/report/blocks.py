@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.harness import Row, Spread, figure, table_of, unit_of_time
 from benchmarks.report.plots import Bar, draw_bars
-from benchmarks.report.results import Result, Source, check_alike, sources_of
+from benchmarks.report.results import ALIKE, Alike, Result, Source, check_alike, sources_of
 from pipeline.page.drawing import Theme
 
 if TYPE_CHECKING:
@@ -111,18 +111,16 @@ def block_of(
     title: str,
     header: Sequence[str],
     lines: Sequence[Sequence[str]],
-    within: Sequence[str] = (),
-    means: bool = False,
+    alike: Alike = ALIKE,
     **more: Any,
 ) -> Block:
     """A block of results that compare; of several runs each line says when it was measured.
 
-    within: see check_alike, whose errors are this one's. means: lines are of several results each, which then must be
-    of the same code too; else of one result each, in their order.
+    Lines that are no means are of one result each, in their order. Errors: those of check_alike.
     """
-    check_alike(results, within, same_code=means)
+    check_alike(results, alike)
     sources = sources_of(results)
-    if len(sources) > 1 and not means and len(lines) == len(results):
+    if len(sources) > 1 and not alike.means and len(lines) == len(results):
         header = [*header, "measured"]
         lines = [[*line, result.source.when] for line, result in zip(lines, results, strict=True)]
     return Block(title, header, lines, sources, **more)

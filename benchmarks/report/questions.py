@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.report import ranks, speed, trials
 from benchmarks.report.blocks import Block, Group, Section
-from benchmarks.report.results import Result, Selected, select
+from benchmarks.report.results import ALIKE, Alike, Result, Selected, select
 
 
 class Question(NamedTuple):
@@ -18,6 +18,8 @@ class Question(NamedTuple):
     """What makes a result another measurement, and not a newer one of the same; the heading of its blocks."""
     blocks: Callable[[Sequence[Result]], Iterable[Block]]
     """Of one variant."""
+    alike: Alike = ALIKE
+    """What results of one of its tables share."""
 
 
 QUESTIONS = {
@@ -27,6 +29,7 @@ QUESTIONS = {
         "of the paper's tables, on small pictures.",
         trials.accuracy_variant,
         trials.accuracy_blocks,
+        trials.ACCURACY,
     ),
     "loader": Question(
         "Loaders",
@@ -47,6 +50,7 @@ QUESTIONS = {
         "Have a billion draws of the noise operators the distribution that they should have?",
         trials.draws_variant,
         trials.draws_blocks,
+        trials.DRAWS,
     ),
     "train": Question(
         "Training steps",
@@ -73,6 +77,14 @@ QUESTIONS = {
         "part of a gain is transductive?",
         trials.cifar_variant,
         trials.cifar_blocks,
+        trials.CIFAR,
+    ),
+    "audit": Question(
+        "Audit",
+        "What does it buy the audit to keep the features before the noise, and how does its memory grow with the "
+        "pictures?",
+        speed.audit_variant,
+        speed.audit_blocks,
     ),
     "shards": Question(
         "Shards",
@@ -95,7 +107,8 @@ def sections_of(results: Sequence[Result], latest: bool) -> list[Section]:
 
 def chosen(results: Sequence[Result], name: str, latest: bool) -> Selected:
     """The results of a question that count."""
-    return select([r for r in results if r.question == name], _question(name).variant, latest)
+    question = _question(name)
+    return select([r for r in results if r.question == name], question.variant, question.alike, latest)
 
 
 def _question(name: str) -> Question:

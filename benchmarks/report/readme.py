@@ -10,7 +10,7 @@ from benchmarks.harness import Spread
 from benchmarks.report.markdown import table
 from benchmarks.report.questions import chosen
 from benchmarks.report.readme_accuracy import PLOT, accuracy_figures, draw_accuracy, filled
-from benchmarks.report.results import Result, check_alike
+from benchmarks.report.results import ALIKE, Alike, Result, check_alike
 from benchmarks.report.speed import LOADER_LABELS, OWN_LOADERS, spread_of
 from pipeline.page.drawing import Theme
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _MODELS = {"vit_tiny_patch16_224": "ViT-T", "vit_small_patch16_224": "ViT-S"}
+_COMPARED = Alike(("compared with",))  # one sentence is of several parts, each with a first of its own
 _NUMBERS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 
 
@@ -48,7 +49,7 @@ def loader_figures(results: Sequence[Result], latest: bool) -> str:
     _need(rates, "loader", "an epoch", LOADER_LABELS)
     for name, others in (("first batch", starts), ("memory", memory)):
         _need(others, "loader", name, rates)
-    check_alike([*rates.values(), *starts.values(), *memory.values()], within=("compared with",))
+    check_alike([*rates.values(), *starts.values(), *memory.values()], _COMPARED)
     lines = []
     for name in _fastest_first(rates):
         rate, start = spread_of(rates[name], "items_per_second").median, spread_of(starts[name], "wall_seconds").median
@@ -71,7 +72,7 @@ def _reduced_figures(found: Sequence[Result]) -> str:
     small = [result for result in found if "short side at most 256" in result.conditions.get("pictures", "")]
     rates = _by_name(small, "an epoch")
     _need(rates, "loader --pictures 256", "an epoch", LOADER_LABELS)
-    check_alike(list(rates.values()))
+    check_alike(list(rates.values()), ALIKE)
     ranked = {name: f"{spread_of(rates[name], 'items_per_second').median:,.0f}" for name in _fastest_first(rates)}
     own = [rate for name, rate in ranked.items() if name in OWN_LOADERS]
     others = [(LOADER_LABELS[name], rate) for name, rate in ranked.items() if name not in OWN_LOADERS]
@@ -108,7 +109,7 @@ def train_figures(results: Sequence[Result], latest: bool) -> str:
     ]
     models = ", ".join(_MODELS.get(model, model) for model in saves)
     lines.append([f"how long a checkpoint holds a step up, to a bare copy of the state: {models}", "; ".join(held)])
-    check_alike([*aims.values(), *saves.values()], within=("compared with",))
+    check_alike([*aims.values(), *saves.values()], _COMPARED)
     first = next(iter(aims.values()))
     ranks, side = (first.condition(name) for name in ("ranks", "image_size"))
     model = _MODELS.get(first.condition("model"), first.condition("model"))
@@ -125,7 +126,7 @@ def audit_figures(results: Sequence[Result], latest: bool) -> str:
     found = [r for r in chosen(results, "audit", latest).chosen if r.name == "features kept"]
     by_part = {result.part: result for result in found}
     _need(by_part, "audit", "features kept", ("nine", "grid"))
-    check_alike(list(by_part.values()), within=("compared with",))
+    check_alike(list(by_part.values()), _COMPARED)
     nine, grid = (
         f"{ratio.median:.2f} ({ratio.min:.2f} to {ratio.max:.2f}) times as fast"
         for ratio in (spread_of(by_part[part], "ratio") for part in ("nine", "grid"))

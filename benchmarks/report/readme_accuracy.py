@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.report.markdown import picture, table
 from benchmarks.report.results import Result, check_alike
-from benchmarks.report.trials import point
+from benchmarks.report.trials import ACCURACY, point
 from pipeline.page.drawing import Theme
 
 if TYPE_CHECKING:
@@ -28,12 +28,13 @@ _ASKED = tuple(
 
 class _Row(NamedTuple):
     words: str
+    site: str  # of the noise; empty for none
     order: str  # in which class mates meet; empty for a picture on its own
     values: dict[str, tuple[float, ...]]  # in percent, by model; a model that was not asked is not there
 
 
 def accuracy_figures(found: Sequence[Result], plots: str) -> str:
-    """Intro, plot and table. plots: the folder with the plot's files. Errors: ValueError where nothing is measured."""
+    """Intro, plot and table. plots: the folder with the plot's files. Errors: ValueError where a figure is missing."""
     from benchmarks.accuracy_summary import shown
 
     rows = _rows(found)
@@ -77,15 +78,15 @@ def _rows(found: Sequence[Result]) -> list[_Row]:
 
     if not found:
         raise ValueError("the README's figures of accuracy are not measured: `python -m benchmarks accuracy`")
-    check_alike(found, within=("noise", "seed", "asked_with", "model"), same_code=True)
+    check_alike(found, ACCURACY._replace(within=(*ACCURACY.within, "model")))
     lines = lines_of([result.row for result in found])
 
     def row(words: str, noise: str, site: str, acts: str, figure: str, order: str = "") -> _Row:
         own: list[Line] = [line for line in lines if (line.noise, line.site, line.acts) == (noise, site, acts)]
-        return _Row(words, order, {line.model: getattr(line, figure) for line in own})
+        return _Row(words, site, order, {line.model: getattr(line, figure) for line in own})
 
     trained = dict.fromkeys(line.noise for line in lines if (line.site, line.acts) == ("last", "training"))
-    return [
+    rows = [
         row("per image, noise off", "none", "", "", "per_image"),
         *(
             row(f"per image, noise off; trained with {noise}", noise, "last", "training", "per_image")
@@ -94,6 +95,23 @@ def _rows(found: Sequence[Result]) -> list[_Row]:
         *(row(words, "optimal q", site, "inference", figure, order) for words, site, figure, order in _ASKED),
         row("no noise, logits averaged, class order", "none, logits averaged", "", "inference", "class_order", "class"),
     ]
+    _need_all(rows, lines)
+    return rows
+
+
+def _need_all(rows: Sequence[_Row], lines: Sequence[Line]) -> None:
+    """Errors: ValueError where a model lacks a figure, but of a place that it has not got while another has it."""
+    sites: dict[str, set[str]] = {}
+    for line in lines:
+        sites.setdefault(line.model, {""}).add(line.site)
+    for row in rows:
+        measured = any(row.values.values())
+        lacking = [m for m, own in sites.items() if not row.values.get(m) and (row.site in own or not measured)]
+        if lacking:
+            raise ValueError(
+                f"the README's figures of accuracy, {row.words}, lack {' and '.join(map(_name, lacking))}: measure "
+                "them, `python -m benchmarks accuracy` goes on where it ended"
+            )
 
 
 def _mates(cells: Sequence[dict[str, Any]], order: str) -> str:

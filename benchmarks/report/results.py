@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import Row, read_rows
 
-_CIRCUMSTANCES = ("command", "time_utc", "environment", "uncommitted_changes", "load_average_1_minute", "note")
+_NONE = type(None)
+_CIRCUMSTANCES: dict[str, tuple[type, ...]] = {
+    "command": (str,),
+    "time_utc": (str,),
+    "environment": (dict,),
+    "uncommitted_changes": (bool, _NONE),
+    "load_average_1_minute": (int, float, _NONE),
+    "note": (str,),
+}
 # Which line of its table a row is, by those of these that it has.
 _NAMES = ("contestant", "test", "what", "ranks", "gpus", "seed")
 _PEERS = "versions_of_peers."
@@ -87,6 +95,13 @@ class Result:
             raise ValueError(f"{self.where} has no condition {name!r}: measure it again, or take the line out")
         return self.conditions[name]
 
+    def number(self, name: str) -> float:
+        """A condition that is a figure. Errors: ValueError naming file and line."""
+        value = self.condition(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{self.where} is damaged ({name} is {value!r}): take it out, or measure it again")
+        return value
+
     @property
     def versions(self) -> dict[str, str]:
         """Hardware, and all that was installed; the code's own commit may differ, and is shown."""
@@ -125,9 +140,11 @@ def read_results(folder: Path) -> list[Result]:
         for number, row in enumerate(read_rows(path), start=1)
     ]
     for result in results:
-        for name in _CIRCUMSTANCES:
-            result[name]
+        odd = [name for name, kinds in _CIRCUMSTANCES.items() if not isinstance(result[name], kinds)]
+        odd += [] if isinstance(result.conditions, dict) else ["conditions"]
         try:
+            if odd:
+                raise TypeError(odd[0])
             datetime.datetime.fromisoformat(result["time_utc"])
             machine_of(result["environment"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -135,24 +152,42 @@ def read_results(folder: Path) -> list[Result]:
     return results
 
 
+class Alike(NamedTuple):
+    """What results share that stand in one table: hardware, versions and conditions, and what this says."""
+
+    within: tuple[str, ...] = ()
+    """Names of conditions in which they differ by intent."""
+    means: bool = False
+    """A line is a mean over several of them, so their code is the same too."""
+    all_parts: bool = False
+    """The table is of all parts of a variant; else each part has its own."""
+
+
+ALIKE = Alike()
+
+
 class Selected(NamedTuple):
     chosen: list[Result]
     superseded: list[Result]
 
 
-def select(results: Sequence[Result], variant: Callable[[Result], str], latest: bool) -> Selected:
-    """The newest result of each (variant, part, name) of one question; of `latest`, all of a part from one run.
+def select(results: Sequence[Result], variant: Callable[[Result], str], alike: Alike, latest: bool) -> Selected:
+    """The newest result of each (variant, part, name) of one question.
 
-    variant: what makes a result another measurement, and not a newer one of the same.
+    variant: what makes a result another measurement, and not a newer one of the same. latest: of each table the newest
+    result, and those that compare with it, whenever they were measured: a grid that was resumed stays whole.
     """
-    newest: dict[tuple[str, ...], Result] = {}
-    runs: dict[tuple[str, ...], str] = {}
-    keys = [(variant(result), result.part, result.name) for result in results]
-    for key, result in zip(keys, results, strict=True):
-        if key not in newest or _moment(newest[key]) <= _moment(result):
-            newest[key] = result
-        runs[key[:2]] = max(runs.get(key[:2], ""), _moment(result))
-    kept = {id(result) for key, result in newest.items() if not latest or _moment(result) == runs[key[:2]]}
+    kept: set[int] = set()
+    found: set[tuple[str, ...]] = set()
+    in_table: dict[tuple[str, ...], list[Result]] = {}
+    for result in sorted(reversed(results), key=_moment, reverse=True):  # of one time the last line counts
+        key = (variant(result), result.part, result.name)
+        table = in_table.setdefault(key[:1] if alike.all_parts else key[:2], [])
+        if key in found or (latest and any(any(_differences(other, result, alike)) for other in table)):
+            continue
+        found.add(key)
+        table.append(result)
+        kept.add(id(result))
     return Selected(
         [result for result in results if id(result) in kept], [result for result in results if id(result) not in kept]
     )
@@ -162,33 +197,31 @@ def _moment(result: Result) -> str:
     return datetime.datetime.fromisoformat(result["time_utc"]).astimezone(datetime.UTC).isoformat()
 
 
-def check_alike(results: Sequence[Result], within: Sequence[str] = (), same_code: bool = False) -> None:
-    """Refuses to put into one table what differs in versions, hardware or conditions.
-
-    within: names of conditions in which the lines of this table differ by intent. same_code: a mean is formed of them,
-    so the sources must be the same too. Errors: ValueError with the mend.
-    """
+def check_alike(results: Sequence[Result], alike: Alike) -> None:
+    """Refuses to put into one table what does not compare. Errors: ValueError with the mend."""
     for other in results[1:]:
-        code = [("code", results[0].row.get("code"), other.row.get("code"))] if same_code else []
-        differing = [(name, one, another) for name, one, another in code if one != another]
-        for name, one, another in [*differing, *_differences(results[0], other)]:
-            if name not in within:
-                raise ValueError(
-                    f"{other.file}: {other.question}{f', {other.part}' if other.part else ''}: {name} {one} "
-                    f"({results[0].source.when}) and {another} ({other.source.when}) would stand in one table: "
-                    "--latest takes the newest run alone, or measure all of it again"
-                )
+        for name, one, another in _differences(results[0], other, alike):
+            raise ValueError(
+                f"{other.file}: {other.question}{f', {other.part}' if other.part else ''}: {name} {one} "
+                f"({results[0].source.when}) and {another} ({other.source.when}) would stand in one table: "
+                "--latest takes the newest and what compares with it, or measure all of it again"
+            )
 
 
-def _differences(one: Result, other: Result) -> Iterator[tuple[str, Any, Any]]:
+def _differences(one: Result, other: Result, alike: Alike) -> Iterator[tuple[str, Any, Any]]:
     a, b = (
-        {"compared with": r.row.get("compared_with")} | r.versions | dict(_flat(r.conditions)) for r in (one, other)
+        {"code": r.row.get("code") if alike.means else None, "compared with": r.row.get("compared_with")}
+        | r.versions
+        | dict(_flat(r.conditions))
+        for r in (one, other)
     )
     for name in dict.fromkeys([*a, *b]):
         only_in_one = name not in a or name not in b
         # A run of some contestants says nothing of the others' versions.
-        if a.get(name) != b.get(name) and not (only_in_one and name.startswith(_PEERS)):
-            yield name.removeprefix(_PEERS), a.get(name), b.get(name)
+        of_a_peer_left_out = only_in_one and name.startswith(_PEERS)
+        shown = name.removeprefix(_PEERS)
+        if a.get(name) != b.get(name) and not of_a_peer_left_out and shown not in alike.within:
+            yield shown, a.get(name), b.get(name)
 
 
 def _flat(conditions: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

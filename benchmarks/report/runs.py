@@ -15,6 +15,7 @@ from benchmarks.report.results import Source, machine_of
 from pipeline.audit.plot import draw_accuracies
 from pipeline.audit.rows import Row
 from pipeline.audit.table import HEADER, NOTES, lines_of
+from pipeline.checkpoint import PROGRESS_NAME
 from pipeline.intervals import wilson
 from pipeline.report.findings import Run, percent, read_run
 from pipeline.report.page import curve_of, run_facts
@@ -25,6 +26,7 @@ from pipeline.sections import from_json
 _COLUMNS = (
     "run",
     "model",
+    "samples, sha256",
     "noise",
     "per image, top-1 %",
     "95 % interval",
@@ -45,7 +47,7 @@ def runs_section(folders: Sequence[Path]) -> Section:
         "runs",
         "Runs of the trainer",
         "What did each run reach per image, noise off, over its validation pictures, and how fast?",
-        [Group("", [_together(runs)]), *(Group(shown_path(run.folder), list(_blocks(run))) for run in runs)],
+        [Group("", list(_together(runs))), *(Group(shown_path(run.folder), list(_blocks(run))) for run in runs)],
     )
 
 
@@ -80,7 +82,44 @@ def _source(command: str, environment: dict[str, str]) -> Source:
     )
 
 
-def _together(runs: Sequence[Run]) -> Block:
+def _together(runs: Sequence[Run]) -> Iterator[Block]:
+    """A table for each set of validation pictures and labels: only what was asked the same stands side by side."""
+    asked: dict[str, list[Run]] = {}
+    for run in runs:
+        asked.setdefault(_validated_on(run), []).append(run)
+    words = (
+        "Intervals are Wilson's, of the choice of pictures alone: one training each. The digest is of the samples that "
+        "the run was trained on and of their labels."
+    )
+    if len(asked) > 1:
+        words += " Runs in different tables were asked other pictures or labels: their figures do not compare."
+    for pictures, alike in asked.items():
+        yield _side_by_side(alike, f"side by side: {pictures}", words)
+
+
+def _validated_on(run: Run) -> str:
+    """As its configuration and results say: a run keeps no digest of them."""
+    data, n = run.config.data, run.accuracy.num_images
+    labels = "" if data.label_map is None else f", labels by {_shown_data(str(data.label_map))}"
+    return f"{_shown_data(data.val)}, {n:,} pictures of {run.num_classes:,} classes{labels}"
+
+
+def _trained_on(run: Run) -> str:
+    """The digest of the samples and their labels. Errors: ValueError naming the file and the mend."""
+    path = run.generation / PROGRESS_NAME
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["samples_sha256"])
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not say what {run.folder} was trained on ({error}): train it again, or name another folder"
+        ) from error
+
+
+def _shown_data(place: str) -> str:
+    return place if "://" in place else shown_path(Path(place))
+
+
+def _side_by_side(runs: Sequence[Run], title: str, words: str) -> Block:
     lines, bars = [], []
     for run in runs:
         accuracy, (rate, waiting) = run.accuracy, run.throughput
@@ -91,6 +130,7 @@ def _together(runs: Sequence[Run]) -> Block:
             [
                 name,
                 run.config.model.name,
+                _trained_on(run)[:10],
                 run.results["noise_description"],
                 f"{top1:.2f}",
                 f"{low:.2f} to {high:.2f}",
@@ -100,9 +140,8 @@ def _together(runs: Sequence[Run]) -> Block:
                 percent(waiting, 1),
             ]
         )
-    words = "Intervals are Wilson's, of the choice of pictures alone: one training each."
     plot = bars_plot(bars, "per image, top-1 %, with 95 % interval")
-    return Block("side by side", _COLUMNS, lines, tuple(map(_training, runs)), words=words, plot=plot)
+    return Block(title, _COLUMNS, lines, tuple(map(_training, runs)), words=words, plot=plot)
 
 
 def _blocks(run: Run) -> Iterator[Block]:
@@ -110,7 +149,7 @@ def _blocks(run: Run) -> Iterator[Block]:
     yield Block(
         "training",
         ("what", "this run"),
-        [list(fact) for fact in run_facts(run).items()],
+        [*map(list, run_facts(run).items()), ["Trained on", _shown_data(run.config.data.train)]],
         (_training(run),),
         words="The loss is under augmentation and the training noise; the accuracy is per image, noise off.",
         plot=Plot(partial(draw_training, [curve]), "Training loss and validation top-1 over epochs.", large=True),

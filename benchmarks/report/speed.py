@@ -1,4 +1,4 @@
-"""The blocks of questions of speed and memory: loader, noise, shards, train."""
+"""The blocks of questions of speed and memory: loader, noise, shards, audit, train."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.report.blocks import (
     plain_block,
     timed_block,
 )
-from benchmarks.report.results import Result
+from benchmarks.report.results import Alike, Result
 
 LOADER_LABELS = {
     "restart_tars": "tars with restart markers",
@@ -34,6 +34,11 @@ LOADER_LABELS = {
 }
 OWN_LOADERS = frozenset({"restart_tars", "beton", "tars"})
 _OWN_SHARDS = ("shard", "beton", "index", "plan_shards")
+_AUDIT_PARTS = {
+    "nine": "all nine protocols at k = 10, one seed",
+    "grid": "the default grid of k and seeds",
+    "memory": "memory, features kept",
+}
 _MACHINE_CODE = "machine code"  # a part of noise that no GPU ran
 
 
@@ -110,7 +115,7 @@ def _operator_blocks(parts: dict[str, list[Result]]) -> Iterator[Block]:
             "the operator's rate over the others'",
             ["part", *others],
             lines,
-            within=("shape",),
+            alike=Alike(("shape",)),
             words="Turn by turn: above 1 the operator is faster.",
             plot=bars_plot(bars, "rate over eager torch's") if bars else None,
         )
@@ -148,6 +153,20 @@ def shards_variant(result: Result) -> str:
 def shards_blocks(results: Sequence[Result]) -> Iterator[Block]:
     for part, of_part in by_part(results).items():
         yield common_block(of_part, part, lambda name: name.startswith(_OWN_SHARDS))
+
+
+# ---- audit ----
+
+
+def audit_variant(result: Result) -> str:
+    names = ("model", "site", "image_size", "images", "batch")
+    model, site, side, images, batch = (result.condition(name) for name in names)
+    return f"{model} at {side} px, noise at {site}, {images} pictures, batches of {batch}"
+
+
+def audit_blocks(results: Sequence[Result]) -> Iterator[Block]:
+    for part, of_part in by_part(results).items():
+        yield common_block(of_part, _AUDIT_PARTS.get(part, part), "features kept".__eq__)
 
 
 # ---- train ----

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.report.blocks import Block, Plot, block_of
+from benchmarks.report.checks import check_accuracy, check_cifar
 from benchmarks.report.plots import draw_p_values
-from benchmarks.report.results import Result
+from benchmarks.report.results import Alike, Result
 from benchmarks.report.speed import by_part
 from pipeline.intervals import mean_interval
 
 if TYPE_CHECKING:
     from benchmarks.accuracy_summary import Line
     from pipeline.report.plots import Point
+
+DRAWS = Alike(all_parts=True)
+ACCURACY = Alike(("noise", "seed", "asked_with"), means=True)
+CIFAR = Alike(("seed", "noise"), means=True, all_parts=True)
 
 
 def draws_variant(result: Result) -> str:
@@ -45,6 +50,7 @@ def draws_blocks(results: Sequence[Result]) -> Iterator[Block]:
         f"{len(results)} tests of {results[0].condition('draws'):,} draws",
         ("test", "n", "statistic", "of right draws", "p-value", "Holm's", ""),
         lines,
+        DRAWS,
         words=f"{verdict} Two-sided p-values; Holm's are adjusted for all {family['tests']} tests of the run, and one "
         f"below {family['level']:g} is a failure.",
         plot=Plot(
@@ -55,9 +61,9 @@ def draws_blocks(results: Sequence[Result]) -> Iterator[Block]:
 
 
 def accuracy_variant(result: Result) -> str:
-    names = ("pictures", "epochs", "batch", "lr", "dtype", "device", "group_train", "group_eval")
-    pictures, epochs, batch, lr, dtype, device, in_training, k = (result.condition(name) for name in names)
-    how = f"{epochs} epochs, batch {batch}, rate {lr:g}, {dtype} on {device}"
+    names = ("pictures", "epochs", "batch", "dtype", "device", "group_train", "group_eval")
+    pictures, epochs, batch, dtype, device, in_training, k = (result.condition(name) for name in names)
+    how = f"{epochs} epochs, batch {batch}, rate {result.number('lr'):g}, {dtype} on {device}"
     return f"{pictures}; {how}; groups of {in_training} in training, k = {k} at inference"
 
 
@@ -65,7 +71,7 @@ def accuracy_blocks(results: Sequence[Result]) -> Iterator[Block]:
     from benchmarks.accuracy_summary import HEADER, WHAT_IT_SHOWS, lines_of  # with it comes torch
     from pipeline.report.plots import draw_accuracies
 
-    _check_rows(results, _accuracy_counts)
+    check_accuracy(results)
     for model, of_model in by_part(results).items():
         lines = lines_of([result.row for result in of_model])
         points = [point for line in lines for point in _points(line)]
@@ -74,8 +80,7 @@ def accuracy_blocks(results: Sequence[Result]) -> Iterator[Block]:
             model,
             HEADER,
             [line.cells() for line in lines],
-            within=("noise", "seed", "asked_with"),
-            means=True,
+            ACCURACY,
             words=" ".join(WHAT_IT_SHOWS),
             plot=Plot(
                 partial(draw_accuracies, points),
@@ -112,45 +117,11 @@ def cifar_variant(result: Result) -> str:
 def cifar_blocks(results: Sequence[Result]) -> Iterator[Block]:
     from benchmarks.cifar_summary import identity, part, summary_table  # with it comes torch
 
-    _check_rows(results, _cifar_counts)
+    check_cifar(results)
     rows = [result.row for result in results]
     title, header, lines = summary_table(rows)
     parting = part(rows)
     words = ["Every line with class mates is transductive: a picture's answer hangs on the others of its group."]
     words += [f"At inference {identity(rows)}."]
     words += [] if parting is None else [parting.sentence()]
-    yield block_of(
-        results, title.removeprefix("cifar: "), header, lines, ("seed", "noise"), True, words=" ".join(words)
-    )
-
-
-def _check_rows(results: Sequence[Result], counts_of: Callable[[dict[str, Any]], Iterator[tuple[int, int]]]) -> None:
-    """Errors: ValueError naming the line, where it lacks a figure or has counts that cannot be."""
-    for result in results:
-        try:
-            counts = list(counts_of(result.row))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"{result.where} is damaged (it lacks {error}): take it out, or measure it again"
-            ) from error
-        if wrong := [f"{right} of {n}" for right, n in counts if not 0 <= right <= n or not n]:
-            raise ValueError(f"{result.where} is damaged ({wrong[0]} right): take it out, or measure it again")
-
-
-def _accuracy_counts(row: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    _require(row, "seed", "trained_with")
-    for found in row["found"]:
-        _require(found, "during", "point", "order", "k", "class_mates")
-        yield found["correct_top1"], found["num_images"]
-
-
-def _cifar_counts(row: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    _require(row, "seed", "places")
-    for found in row["audit"]:
-        _require(found, "protocol", "site", "k", "value", "class_mates", "differing", "interval")
-        yield from ((count, found["n"]) for count in found["counts"])
-
-
-def _require(row: dict[str, Any], *names: str) -> None:
-    if missing := [name for name in names if name not in row]:
-        raise KeyError(missing[0])
+    yield block_of(results, title.removeprefix("cifar: "), header, lines, CIFAR, words=" ".join(words))

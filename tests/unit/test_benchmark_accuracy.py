@@ -1,6 +1,7 @@
 """benchmarks accuracy: the grid of noises, sites and phases, what its cells keep, and its table."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +120,53 @@ def test_every_line_of_the_table_follows_from_the_rows(run):
     assert by_name["optimal q", "residual", "inference"].per_image == ()  # at k = 1 it is the clean model
     assert len(by_name["optimal q", "residual", "inference"].class_order) == 2
     assert by_name["none", "", ""].published == "79.34 (ViT-T)"
-    assert by_name["gaussian 0.2", "last", "training"].published == "79.10 (ViT-T)"
-    assert by_name["gaussian 0.2", "last", "inference"].published == ""  # once for each noise
+    assert by_name["gaussian 0.2", "last", "inference"].published == "79.10 (ViT-T)"
+    beside = [(line.noise, line.site, line.acts) for line in lines if line.published]
+    assert beside == [("none", "", ""), ("gaussian 0.2", "last", "inference")]
+
+
+def test_a_published_figure_stands_at_the_papers_place_and_phase_alone():
+    """A ViT's noise acts at inference, a CNN's always (PAPER.md, section 3)."""
+    for model, acts, figure in ((VIT, "inference", "80.69 (ViT-T)"), (RESNET, "both", "79.62 (R18)")):
+        rows = [grid_row(model, None), *(grid_row(model, shift(site)) for site in ("last", "image"))]
+        lines = accuracy_summary.lines_of(rows)
+        assert {(line.site, line.acts) for line in lines if line.noise == "circular shift 0.3"} == {
+            (site, phase) for site in ("last", "image") for phase in ("training", "both", "inference")
+        }
+        beside = {(line.site, line.acts): line.published for line in lines if line.published}
+        assert {key: text for key, text in beside.items() if key[0]} == {("last", acts): figure}
+
+
+def shift(site: str) -> dict:
+    return {"kind": "circular_shift", "strength": 0.3, "site": site}
+
+
+def grid_row(model: str, trained_with: dict | None) -> dict:
+    """Clean: asked at both sites."""
+    counts = {"k": 10, "correct_top1": 5, "num_images": 10, "transductive": True, "class_mates": 1.0}
+    off = counts | {"during": "off", "point": None, "order": "any"}
+    during = "eval" if trained_with is None else "both"
+    points = [shift("last"), shift("image")] if trained_with is None else [trained_with]
+    found = [counts | {"during": during, "point": point, "order": "class"} for point in points]
+    return {"part": model, "seed": 0, "trained_with": trained_with, "found": [off, *found]}
+
+
+def test_salt_and_pepper_is_asked_of_a_picture_on_its_own_too(folder):
+    """In its group it takes the extremes of all; alone its own: no other picture can change the answer."""
+    data = moved(read_pictures(folder, None, None), torch.device("cpu"))
+    torch.manual_seed(0)
+    model = create_model(Model(VIT).config, data.classes, data.side)
+    torch.nn.init.normal_(model.head.weight)
+    respondent = InMemory(model, data.tested, seed=0)
+    point = Point("salt_and_pepper", 0.5, "residual")
+    noise = noise_of(point, model, "eval", 10)
+    plain = respondent.answers(NoiseConfig(), np.arange(40))
+    found = list(accuracy._with_noise("eval", point, noise, respondent, plain, 0))
+    asked = [(of.order, of.k, of.transductive, of.class_mates is None) for of in found]
+    assert asked == [("class", 10, True, False), ("shuffled", 10, True, False), ("any", 1, False, True)]
+    alone = replace(noise, group_size=1)
+    right = [respondent.answers(alone, np.array([i])).top1 for i in range(40)]
+    assert found[-1].correct_top1 == sum(right) != plain.top1
 
 
 def test_mixing_at_inference_is_done_by_hand_alike(folder):

@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from report_results import (
     tables,
     timed,
 )
-from test_report import make_inputs
+from test_report import make_inputs, make_run
 
 from benchmarks.harness import RESULTS, read_rows
 from benchmarks.report import ReportOptions, write_report
+from benchmarks.report.questions import chosen
 from benchmarks.report.readme import PLOTS, refreshed
 from benchmarks.report.results import read_results
 from pipeline.audit.rows import Row
+from pipeline.config import TrainConfig
+from pipeline.noise.config import NoiseConfig
 from pipeline.page import drawing
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -119,12 +123,36 @@ def test_a_run_folder_is_shown_with_its_interval_and_command(tmp_path):
     config = make_inputs(tmp_path)
     folder = folder_of(tmp_path, *timed({"plain write": 1.0}, circumstances()))
     page, text = report(folder, "--runs", str(config.pretrain), str(config.finetune))
-    side_by_side = next(table for table in tables(page) if table[0][0] == "run")
-    assert [line[3:6] for line in side_by_side[1:]] == [
+    side_by_side = [table for table in tables(page) if table[0][0] == "run"]
+    assert [line[4:7] for table in side_by_side for line in table[1:]] == [
         ["96.50", "94.21 to 97.90", "400"],
         ["97.00", "94.83 to 98.28", "400"],
     ]
     assert page.count("python -m pipeline train") >= 4 and "## Runs of the trainer" in text
+
+
+def test_runs_stand_in_one_table_where_they_were_asked_the_same_pictures(tmp_path, capsys):
+    base = TrainConfig(run=tmp_path / "a", epochs=1, global_batch=64, noise=NoiseConfig())
+    elsewhere = replace(base.data, val="other/val.manifest.json")
+    configs = [base, replace(base, run=tmp_path / "b"), replace(base, run=tmp_path / "c", data=elsewhere)]
+    for config, correct in zip(configs, (380, 384, 390), strict=True):
+        make_run(config.run, config, classes=10, correct=correct)
+    folder = folder_of(tmp_path, *timed({"plain write": 1.0}, circumstances()))
+    runs = [str(config.run) for config in configs]
+    page, text = report(folder, "--runs", *runs)
+    together, alone = [table for table in tables(page) if table[0][0] == "run"]
+    assert [line[4] for line in together[1:]] == ["95.00", "96.00"] and [line[4] for line in alone[1:]] == ["97.50"]
+    assert [line[2] for line in together[1:]] == ["5a5a5a5a5a"] * 2
+    assert page.count("<td>shards/train.manifest.json</td>") == 3
+    assert "side by side: shards/val.manifest.json, 400 pictures of 10 classes" in page
+    assert "side by side: other/val.manifest.json, 400 pictures of 10 classes" in page
+    assert page.count("their figures do not compare") == text.count("their figures do not compare") == 2
+    assert "their figures do not compare" not in report(folder, "--runs", *runs[:2])[0]
+    (record,) = (tmp_path / "b").glob("checkpoints/*/progress.json")
+    record.write_text("{}")
+    capsys.readouterr()
+    said = refused(capsys, "report", "--results", folder, "--output", tmp_path / "o", "--runs", *runs)
+    assert f"{record} does not say what {tmp_path / 'b'} was trained on" in said and said.count("\n") == 1
 
 
 def test_the_audit_of_a_run_folder_is_shown_with_its_verdict(tmp_path, capsys):
@@ -177,6 +205,38 @@ def test_wrong_folders_and_readmes_are_refused(tmp_path, capsys):
     said = refused(capsys, "report", "--results", folder, "--readme", tmp_path / "r.md", *out)
     assert "train, aims, lack step: trainer ddp over bare ddp: measure them" in said
     assert not (tmp_path / "out").exists() and (tmp_path / "r.md").read_text().startswith("<!-- figures: train")
+
+
+def test_latest_keeps_a_grid_whole_that_was_measured_in_several_runs(tmp_path):
+    """The kept one is of one code and of four runs; its README is the same."""
+    results = read_results(RESULTS)
+    grid = chosen(results, "accuracy", latest=True)
+    assert len({result["time_utc"] for result in grid.chosen}) > 1 and grid == chosen(results, "accuracy", latest=False)
+    text, plots = README.read_text(), RESULTS.relative_to(README.parent).as_posix()
+    assert refreshed(text, results, latest=True, name="README.md", plots=plots) == text
+
+
+@pytest.mark.parametrize(
+    ("lacks", "words"),
+    [
+        (lambda row: row["trained_with"] is None, "per image, noise off, lack vit_tiny_patch16_224:"),
+        (
+            lambda row: row["trained_with"] == {"kind": "gaussian", "strength": 0.2, "site": "last"},
+            "per image, noise off; trained with gaussian 0.2, lack vit_tiny_patch16_224:",
+        ),
+    ],
+    ids=["the headline", "a line that the other model has"],
+)
+def test_a_readme_is_refused_where_a_model_lacks_a_figure(tmp_path, capsys, lacks, words):
+    rows = read_rows(RESULTS / "accuracy.jsonl")
+    left = [row for row in rows if not (row["part"].startswith("vit") and lacks(row))]
+    assert len(left) == len(rows) - 3
+    folder = folder_of(tmp_path, *map(json.dumps, left), name="accuracy.jsonl")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"<!-- figures: accuracy -->\n<!-- end -->\n{folder}")
+    said = refused(capsys, "report", "--results", folder, "--output", tmp_path / "out", "--readme", readme)
+    assert f"the README's figures of accuracy, {words}" in said and said.count("\n") == 1
+    assert "python -m benchmarks accuracy" in said and readme.read_text().count("\n") == 2
 
 
 def test_a_readme_is_written_anew_between_its_marks_alone(tmp_path):

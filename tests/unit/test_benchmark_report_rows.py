@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 
 import pytest
 from benchmark_runs import quiet, refused
@@ -22,6 +23,7 @@ from report_results import (
     timed,
 )
 
+from benchmarks.memory import MemoryRow
 from benchmarks.report.results import read_results
 from benchmarks.report.trials import accuracy_blocks
 
@@ -42,9 +44,7 @@ def changed(line: str, change) -> str:
     [
         (accuracy_rows(), lambda row: row["found"][0].update(correct_top1=2000), "is damaged (2000 of 1000 right)"),
         (accuracy_rows(), lambda row: row["found"][0].update(num_images=0, correct_top1=0), "damaged (0 of 0 right)"),
-        (accuracy_rows(), lambda row: row.pop("found"), "is damaged (it lacks 'found')"),
         (accuracy_rows(), lambda row: row.update(code="other"), "code tested ("),
-        (cifar_rows(), lambda row: row.pop("audit"), "is damaged (it lacks 'audit')"),
         (cifar_rows(), lambda row: row.update(code="other"), "code tested ("),
     ],
 )
@@ -53,6 +53,101 @@ def test_what_cannot_be_or_is_of_other_code_is_no_part_of_a_mean(tmp_path, capsy
     marked[-1] = changed(marked[-1], change)
     error = refused(capsys, "report", "--results", folder_of(tmp_path, *marked), "--output", tmp_path / "out")
     assert complaint in error and error.count("\n") == 1, error
+
+
+DAMAGES = {
+    "accuracy": (
+        accuracy_rows(),
+        [
+            (lambda row: row.pop("found"), "it lacks 'found'"),
+            (lambda row: row.update(seed="zero"), 'seed is "zero"'),
+            (lambda row: row.update(seed=True), "seed is true"),
+            (lambda row: row.update(part=7), "part is 7"),
+            (lambda row: row.update(part="vit_tiny_patch16_224:depth"), "'depth' is no NAME=VALUE"),
+            (lambda row: row.update(trained_with={"kind": "gaussian"}), "it lacks 'strength'"),
+            (lambda row: row.update(trained_with=["gaussian"]), 'trained_with is ["gaussian"]'),
+            (lambda row: row.update(found=["off"]), '"off" stands where during'),
+            (lambda row: row["found"].pop(0), "it lacks what is found with the noise off"),
+            (lambda row: row["found"][1].update(class_mates=None), "class_mates is null"),
+            (lambda row: row["found"][1].update(class_mates=float("nan")), "class_mates is NaN"),
+            (lambda row: row["found"][2].update(point=None), "null stands where kind, strength, site should"),
+            (lambda row: row["found"][2].update(order="alphabetical"), 'order is "alphabetical"'),
+            (lambda row: row["found"][2].update(during="after"), 'during is "after"'),
+            (lambda row: row["found"][2].update(correct_top1="many"), 'correct_top1 is "many"'),
+            (lambda row: row["conditions"].update(lr="fast"), "lr is 'fast'"),
+        ],
+    ),
+    "cifar": (
+        cifar_rows(),
+        [
+            (lambda row: row.pop("audit"), "it lacks 'audit'"),
+            (lambda row: row.update(seed="zero"), 'seed is "zero"'),
+            (lambda row: row.update(contestant="third"), 'contestant is "third"'),
+            (lambda row: row["conditions"].update(noise=None), "noise is null"),
+            (lambda row: row["places"].pop("blocks.7"), "it lacks 'blocks.7'"),
+            (lambda row: row["places"].update({"blocks.7": ["residual"]}), 'blocks.7 is ["residual"]'),
+            (lambda row: row["audit"].pop(0), "it lacks protocol 1"),
+            (lambda row: row["audit"].pop(3), "it lacks protocol 3, official"),
+            (lambda row: row["audit"].pop(2), "it lacks protocol 2, official"),
+            (lambda row: row["audit"][0].update(value=None), "value is null"),
+            (lambda row: row["audit"][2].update(differing=None), "differing is null"),
+            (lambda row: row["audit"][3].update(class_mates=None), "class_mates is null"),
+            (lambda row: row["audit"][3].update(counts=["many"]), 'count 1 is "many"'),
+            (lambda row: row["audit"][3].update(counts=[101]), "101 of 100 right"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("question", DAMAGES)
+def test_what_a_line_of_counts_lacks_is_said_in_one_line(tmp_path, capsys, question):
+    lines, changes = DAMAGES[question]
+    for change, complaint in changes:
+        folder = folder_of(tmp_path, *lines[:-1], changed(lines[-1], change))
+        said = refused(capsys, "report", "--results", folder, "--output", tmp_path / "out")
+        assert f"{folder}/shards.jsonl, line {len(lines)} is damaged (" in said, said
+        assert complaint in said and "take it out, or measure it again" in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("lines", [accuracy_rows(), cifar_rows()], ids=["accuracy", "cifar"])
+def test_latest_takes_all_of_the_newest_code_whenever_it_was_measured(tmp_path, capsys, lines):
+    """The older code's grid is whole too, and one of its cells stands between the newer one's."""
+
+    def of(code: str, days: range) -> list[str]:
+        changes = ({"code": code, "time_utc": f"2026-11-{day:02}T00:00:00+00:00"} for day in days)
+        return [changed(line, lambda row, new=new: row.update(new)) for line, new in zip(lines, changes, strict=False)]
+
+    older, newer = of("older", range(1, 1 + len(lines))), of("newer", range(2, 2 + len(lines)))
+    missing = newer.pop()  # of it there is the older code's alone
+    alone = tables(report(folder_of(tmp_path, *newer))[0])
+    folder = folder_of(tmp_path, *older, *newer)
+    assert tables(report(folder, "--latest")[0]) == alone
+    capsys.readouterr()
+    assert "--latest takes the newest" in refused(capsys, "report", "--results", folder, "--output", tmp_path / "o")
+    both = folder_of(tmp_path, *older, *newer, missing)
+    assert tables(report(both, "--latest")[0]) == tables(report(both)[0]) != alone
+
+
+def test_the_audits_memory_is_a_table_and_an_older_run_of_any_memory_is_superseded(tmp_path):
+    def run(time: str, seconds: float, own_bytes: int) -> list[str]:
+        sizes = {"image_size": 96, "images": 400, "batch": 50, "victims": 40}
+        kept = circumstances(time, model="vit_tiny_patch16_224", site="blocks.11.attn", **sizes)
+        rows = timed({"whole passes": 10.0, "features kept": seconds}, kept, "audit", "grid")
+        for pictures in (400, 1600):
+            row = MemoryRow("audit", "memory", f"{pictures:,} pictures", "so", own_bytes, 2 * pictures * 10**5, 1)
+            rows.append(row.to_json(kept))
+        return rows
+
+    page, text = report(folder_of(tmp_path, *run(OLD, 5.0, 9 * 10**6), *run(NEW, 2.0, 7 * 10**6)))
+    speed, memory = tables(page)
+    assert [line[0] for line in speed[1:]] == ["whole passes", "features kept"] and speed[2][-1] == "5 (5 to 5)"
+    assert [line[:4] for line in memory[1:]] == [
+        ["400 pictures", "1", "7.0", "80.0"],
+        ["1,600 pictures", "1", "7.0", "320.0"],
+    ]
+    heading = "vit_tiny_patch16_224 at 96 px, noise at blocks.11.attn, 400 pictures, batches of 50"
+    assert re.findall("<h3>(.*?)</h3>", page)[0] == heading and f"### {heading}" in text
+    assert page.count(heading) == 1 and "4 results of" in text  # all of the older run
 
 
 def test_dates_stand_at_lines_of_one_result_alone(tmp_path):
@@ -100,6 +195,8 @@ def test_a_question_without_an_entry_is_shown_with_all_its_figures(tmp_path):
         (lambda row: row.pop("timings"), "line 1 is no timing"),
         (lambda row: row.update(time_utc="yesterday"), "line 1 does not say when or where"),
         (lambda row: row.update(environment="here"), "line 1 does not say when or where"),
+        (lambda row: row.update(conditions="quiet"), "line 1 does not say when or where"),
+        (lambda row: row.update(note={"of": "today"}), "line 1 does not say when or where"),
         (lambda row: row.update(question="loader"), "line 1 has no condition 'image_size'"),
     ],
 )
@@ -169,5 +266,4 @@ def test_a_part_that_is_measured_again_may_stand_beside_the_rest(tmp_path):
         ["ShardWriter, 1", "2026-11-02 10:00 UTC"],
     ]
     assert page.count('href="#shards-run-') == 2 and "commit another" in page
-    (table,) = tables(report(tmp_path / "results", "--latest")[0])
-    assert [line[0] for line in table[1:]] == ["plain write", "ShardWriter, 1"]
+    assert tables(report(tmp_path / "results", "--latest")[0]) == [table]

@@ -12,7 +12,7 @@ import torch
 import tyro
 from scipy.stats import binomtest
 
-from pipeline.checkpoint import write_json
+from pipeline.checkpoint import PROGRESS_NAME, write_json
 from pipeline.config import TrainConfig
 from pipeline.evaluate import Accuracy, EvaluateConfig
 from pipeline.metrics import RunLog
@@ -63,6 +63,7 @@ def make_run(folder: Path, config: TrainConfig, classes: int, correct: int) -> N
     write_json(folder / "results.json", results)
     generation = folder_made(folder / "checkpoints" / f"step-{steps:08d}")
     write_json(generation / "config.json", {"classes": [str(i) for i in range(classes)], "step": steps})
+    write_json(generation / PROGRESS_NAME, {"step": steps, "samples_sha256": "5a" * 32})
     (generation / "SHA256SUMS").write_text(f"{WEIGHTS_SHA256}  model.safetensors\n")
 
 
