@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -165,7 +166,10 @@ class Children:
             try:
                 work()
                 status = 0
+            except BaseException:
+                traceback.print_exc()  # nobody else will say why
             finally:
+                sys.stderr.flush()
                 os._exit(status)
         self.pids.append(pid)
         return pid
