@@ -79,12 +79,13 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
 
 
 RANK = """
-import os, re, sys
+import ctypes, os, re, sys
 from pathlib import Path
 import numpy as np
 from pipeline.data.index import IndexFile, SampleIndex
 
 def private_bytes():  # anonymous pages: those of a file are shared by all who map it
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed may stay with the process for a while, as the heap lies
     text = Path("/proc/self/smaps_rollup").read_text()
     return 1024 * int(re.search(r"Anonymous: +(\\d+)", text)[1])
 
