@@ -100,7 +100,7 @@ print(private_bytes() - before, len(os.listdir("/proc/self/fd")) - descriptors)
 
 
 def test_ranks_of_a_machine_hold_one_copy(tmp_path):
-    """640,000 samples in 320 files, 12.8 MB: a rank of its own has but some hundred bytes a file, and no descriptor."""
+    """640,000 samples in 320 files, 12.8 MB: a rank of its own has but some 5 KB a file, and no descriptor."""
     files = written(tmp_path, [2000] * 320)
     held = sum(file.path.stat().st_size for file in files)
     assert held > 12_800_000
