@@ -55,13 +55,17 @@ class TarSource:
     def member_names(self) -> Iterator[str]:
         """What each picture is called in its tar, in the manifest's order: the index has no names.
 
-        From the header in front of it, whose first 100 bytes are all that a plain one has for a name.
+        From the header in front of it, whose first 100 bytes are all that a plain one has for a name. One tar is open
+        at a time: a cache may have room for no more.
         """
+        self.expect(np.arange(len(self.shards)), keep=False)
         for number in range(len(self.shards)):
             file = self.file(number)
             for offset in self.index.of_file(number)["offset"].tolist():
                 header = os.pread(file.descriptor, _NAME_BYTES, offset - _HEADER_BYTES)
                 yield header.partition(b"\0")[0].decode("utf-8", "replace")
+            del file
+        self.expect(np.empty(0, np.int64), keep=False)
 
     def form(self, sample_ids: np.ndarray) -> None:
         return None

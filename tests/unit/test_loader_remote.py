@@ -149,6 +149,13 @@ def test_a_split_larger_than_the_cache_is_evaluated(store, tmp_path, randaugment
         list(training)
 
 
+def test_the_names_of_a_split_larger_than_the_cache_are_read(store, sizes_split, tmp_path):
+    """Class order needs them, before anything else is read."""
+    source = remote(store, tmp_path, 2.1, window=1).source
+    assert list(source.member_names()) == list(tars(sizes_split).source.member_names())
+    assert store.asked_for("train-000003.tar") == 1 and source.cache.stats.evicted
+
+
 @pytest.mark.parametrize("batch", [5, 12], ids=["two shards in a batch", "more shards than there is room for"])
 def test_batches_under_way_do_not_wait_for_one_anothers_shards(store, tmp_path, monkeypatch, batch):
     """The first and the third shard are here, and a later batch has the third before an earlier one has the second."""
