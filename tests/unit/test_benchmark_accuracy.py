@@ -16,7 +16,7 @@ from benchmarks.accuracy import Found
 from benchmarks.accuracy_grid import Model, Point, block_names, noise_of
 from benchmarks.cifar_audit import InMemory
 from benchmarks.cifar_data import read_pictures
-from benchmarks.cifar_training import moved
+from benchmarks.cifar_training import OnDevice, moved
 from benchmarks.harness import read_rows
 from pipeline.models import create_model
 from pipeline.noise.config import NoiseConfig
@@ -151,13 +151,18 @@ def grid_row(model: str, trained_with: dict | None) -> dict:
     return {"part": model, "seed": 0, "trained_with": trained_with, "found": [off, *found]}
 
 
-def test_salt_and_pepper_is_asked_of_a_picture_on_its_own_too(folder):
-    """In its group it takes the extremes of all; alone its own: no other picture can change the answer."""
+def untrained(folder) -> tuple[OnDevice, torch.nn.Module, InMemory]:
+    """Pictures, a model whose head answers several classes, and who asks it."""
     data = moved(read_pictures(folder, None, None), torch.device("cpu"))
     torch.manual_seed(0)
     model = create_model(Model(VIT).config, data.classes, data.side)
     torch.nn.init.normal_(model.head.weight)
-    respondent = InMemory(model, data.tested, seed=0)
+    return data, model, InMemory(model, data.tested, seed=0)
+
+
+def test_salt_and_pepper_is_asked_of_a_picture_on_its_own_too(folder):
+    """In its group it takes the extremes of all; alone its own: no other picture can change the answer."""
+    _, model, respondent = untrained(folder)
     point = Point("salt_and_pepper", 0.5, "residual")
     noise = noise_of(point, model, "eval", 10)
     plain = respondent.answers(NoiseConfig(), np.arange(40))
@@ -171,11 +176,7 @@ def test_salt_and_pepper_is_asked_of_a_picture_on_its_own_too(folder):
 
 def test_mixing_at_inference_is_done_by_hand_alike(folder):
     """Optimal Q into the last block, all tokens: its definition on the block's inputs, without an injector."""
-    data = moved(read_pictures(folder, None, None), torch.device("cpu"))
-    torch.manual_seed(0)
-    model = create_model(Model(VIT).config, data.classes, data.side)
-    torch.nn.init.normal_(model.head.weight)
-    respondent = InMemory(model, data.tested, seed=0)
+    data, model, respondent = untrained(folder)
     noise = noise_of(Point("optimal_q", None, "residual"), model, "eval", 10)
     order = np.random.RandomState(0).permutation(40)
     found = respondent.answers(noise, order)
@@ -212,11 +213,7 @@ def test_a_sites_word_is_a_place_of_each_family(text, sites):
 
 
 def test_a_noise_that_is_no_identity_at_k_1_is_a_fault(folder):
-    data = moved(read_pictures(folder, None, None), torch.device("cpu"))
-    torch.manual_seed(0)
-    model = create_model(Model(VIT).config, data.classes, data.side)
-    torch.nn.init.normal_(model.head.weight)
-    respondent = InMemory(model, data.tested, seed=0)
+    *_, respondent = untrained(folder)
     alone = respondent.answers(NoiseConfig("gaussian", 50.0, "blocks.2", "eval"), np.arange(40))
     plain = respondent.answers(NoiseConfig(), np.arange(40))
     with pytest.raises(ValueError, match=r"at k = 1 [1-9]\d* answers differ"):
