@@ -12,7 +12,7 @@ from pipeline.noise.reference import Purpose, stream_of
 EPOCH = torch.tensor(3)
 STREAM = stream_of("blocks.1", Purpose.NOISE)
 SEED, THREADS = 7, 256
-LINEAR = ("circular_shift", "optimal_q", "optimal_q_held")
+LINEAR = ("circular_shift", "circular_shift_held", "optimal_q", "optimal_q_held")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # (samples, tokens, channels): whole units, tails, unaligned samples, more units than one block has threads.
 SHAPES = [(4, 3, 8), (3, 1, 1), (5, 7, 3), (2, 1, 127), (3, 5, 64), (1, 1, 2049), (2, 9, 1000), (6, 2, 4)]
@@ -223,11 +223,13 @@ def test_linear_noises(library, shape, dtype, first_token, small_grid, group_siz
     assert min(group_size, len(x)) <= library.nn_held(ctypes.c_int32(FORMATS[dtype]))
     assert torch.equal(walked(library, "optimal_q_held", x, 1.0, **options), found)
     shifted = reference.circular_shift(x, 0.3, group_size, first_token)
-    check(walked(library, "circular_shift", x, 0.3, **options), shifted, x, 0)
+    for name in ("circular_shift", "circular_shift_held"):
+        check(walked(library, name, x, 0.3, **options), shifted, x, 0)
     back = torch.cat([group.flip(0) for group in x.split(group_size)])
     back = reference.circular_shift(back, 0.3, group_size, first_token)
     expected = torch.cat([group.flip(0) for group in back.split(group_size)])
-    check(walked(library, "circular_shift", x, 0.3, transposed=True, **options), expected, x, 0)
+    for name in ("circular_shift", "circular_shift_held"):
+        check(walked(library, name, x, 0.3, transposed=True, **options), expected, x, 0)
     if group_size == 1:
         assert torch.equal(found, x)
 
@@ -239,6 +241,10 @@ def test_as_many_samples_as_a_thread_can_hold(library, dtype):
     found = walked(library, "optimal_q_held", x, 1.0, group_size=held)
     assert torch.equal(found, walked(library, "optimal_q", x, 1.0, group_size=held))
     check(found, reference.optimal_q(x, held), x, 0)
+    for transposed in (False, True):
+        options = {"group_size": held, "transposed": transposed}
+        found = walked(library, "circular_shift_held", x, 0.3, **options)
+        assert torch.equal(found, walked(library, "circular_shift", x, 0.3, **options))
 
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "salt_and_pepper", *LINEAR])

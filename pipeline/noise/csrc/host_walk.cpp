@@ -97,6 +97,12 @@ void nn_walk_circular_shift(const Walk* w) {
     });
 }
 
+void nn_walk_circular_shift_held(const Walk* w) {
+    with_format(*w, [&](auto x, auto y) {
+        walk(*w, [&](const Place& place) { circular_shift_held_thread(place, x, y, w->common, w->plan); });
+    });
+}
+
 void nn_walk_optimal_q(const Walk* w) {
     with_format(*w, [&](auto x, auto y) {
         walk(*w, [&](const Place& place) { optimal_q_thread(place, x, y, w->common, w->plan); });

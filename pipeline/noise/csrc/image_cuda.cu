@@ -6,7 +6,8 @@
 namespace noisynn {
 namespace {
 
-constexpr int kBlocksOnOne = 2;  // 128 registers a thread: it holds eight pixels and their noise
+// Blocks at once on one multiprocessor: 64 registers a thread, 80 where it holds the bytes of two pictures, or sums.
+constexpr int kBlocksOnOne = 4, kBlocksOfGroups = 3;
 
 __device__ __forceinline__ Place here() {
     return {blockIdx.x, blockIdx.y, threadIdx.x, gridDim.x, gridDim.y, blockDim.x};
@@ -19,13 +20,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnOne)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+__global__ void __launch_bounds__(kThreads, kBlocksOfGroups)
     image_shift_kernel(Pictures pictures, T* __restrict__ y, MixPlan plan) {
     image_shift_thread(here(), pictures, y, plan);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+__global__ void __launch_bounds__(kThreads, kBlocksOfGroups)
     image_optimal_q_kernel(Pictures pictures, T* __restrict__ y, MixPlan plan) {
     image_optimal_q_thread(here(), pictures, y, plan);
 }
@@ -60,7 +61,7 @@ void image_noise(Tensor images, Tensor mean, Tensor std, Tensor flip, int64_t ki
     const Pictures pictures = {static_cast<const uint8_t*>(x.const_data_ptr()), flips(flip, samples),
                                of_channels(mean), of_channels(std), samples, x.size(1), x.size(2), aligned,
                                channels_last, static_cast<const double*>(strength.const_data_ptr())};
-    STD_TORCH_CHECK(pictures.tasks() >> 32 == 0, "a picture has 2^32 stretches of 16 pixels at most");
+    STD_TORCH_CHECK(pictures.plane() >> 32 == 0, "a picture has fewer than 2^32 pixels");
     const DrawSource source = source_of(ids, epoch, seed, stream, samples);
     const MixPlan plan = MixPlan::of(samples, group_size, false);
     const bool is_linear = kind >= int64_t(ImageKind::circular_shift);

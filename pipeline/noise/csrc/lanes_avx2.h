@@ -23,6 +23,7 @@ struct Avx2 {
     }
     static NN_INLINE W multiply(W a, uint32_t b) { return _mm256_mul_epu32(a, _mm256_set1_epi64x(b)); }
     static NN_INLINE W high(W a) { return _mm256_srli_epi64(a, 32); }
+    static NN_INLINE W exclusive_or(W a, uint32_t b) { return _mm256_xor_si256(a, _mm256_set1_epi32(int(b))); }
     static NN_INLINE W exclusive_or(W a, W b, uint32_t c) {
         return _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_set1_epi32(int(c)));
     }

@@ -24,6 +24,7 @@ struct Avx512 {
     static NN_INLINE W multiply(W a, uint32_t b) { return _mm512_mul_epu32(a, _mm512_set1_epi64(b)); }
     // A shuffle, for it goes to another port than products and shifts do.
     static NN_INLINE W high(W a) { return _mm512_shuffle_epi32(a, _MM_PERM_ENUM(0xF5)); }
+    static NN_INLINE W exclusive_or(W a, uint32_t b) { return _mm512_xor_si512(a, _mm512_set1_epi32(int(b))); }
     static NN_INLINE W exclusive_or(W a, W b, uint32_t c) {
         return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32(int(c)), 0x96);
     }

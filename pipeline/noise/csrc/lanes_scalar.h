@@ -21,6 +21,7 @@ struct Scalar {
     static NN_INLINE W blocks(uint32_t block, int) { return block; }
     static NN_INLINE W multiply(W a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
     static NN_INLINE W high(W a) { return a >> 32; }
+    static NN_INLINE W exclusive_or(W a, uint32_t b) { return a ^ b; }
     static NN_INLINE W exclusive_or(W a, W b, uint32_t c) { return a ^ b ^ c; }
     static NN_INLINE U join(W even, W) { return uint32_t(even); }
 

@@ -27,35 +27,77 @@ NN_INLINE void for_groups(const Place& place, const Common& common, const MixPla
     });
 }
 
-// Row by row round the ring: each row is read once, whatever the group's size.
+// (1 - alpha) row + alpha next, but for what is spared.
+template <class T>
+NN_INLINE Unit<T> shifted(const Unit<T>& row, const Unit<T>& next, float alpha, int64_t spared) {
+    float own[kUnit], other[kUnit];
+    row.to_floats(own), next.to_floats(other);
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) own[j] = fmaf(alpha, other[j] - own[j], own[j]);
+    Unit<T> out = row;
+    out.change(own, spared);
+    return out;
+}
+
+// Of a group the sample whose successor on the walk is the one that is added, and the way to go. The transposed mix adds
+// the sample before: the same walk, from the last sample to the first.
+struct Ring {
+    int64_t begin, step;
+
+    NN_INLINE Ring(int64_t first, int64_t k, bool transposed)
+        : begin(transposed ? first + k - 1 : first), step(transposed ? -1 : 1) {}
+};
+
+// Rows that a thread holds in registers: more of them do not fit beside their sums in 128.
+template <class T>
+constexpr int kHeld = sizeof(T) == 4 ? 8 : 12;
+
+// Groups of kHeld samples at most: each row is read once, all of them at the same time.
+template <class T>
+NN_INLINE void circular_shift_held_thread(const Place& place, const T* x, T* y, const Common& common,
+                                          const MixPlan& plan) {
+    const float alpha = float(*common.strength);
+    for_groups(place, common, plan, [&](int64_t first, int64_t k, int64_t at, int count, int64_t spared) {
+        const Ring ring(first, k, plan.transposed);
+        const T* from = x + common.from(ring.begin, at);
+        T* to = y + common.to(ring.begin, at);
+        Unit<T> rows[kHeld<T> + 1];
+#pragma unroll
+        for (int i = 0; i < kHeld<T>; ++i)
+            if (i < k) rows[i].read(from + i * ring.step * common.x_sample, count, common.aligned);
+#pragma unroll
+        for (int i = 1; i <= kHeld<T>; ++i)
+            if (i == k) rows[i] = rows[0];
+#pragma unroll
+        for (int i = 0; i < kHeld<T>; ++i)
+            if (i < k) {
+                if (k > 1 && alpha != 0) rows[i] = shifted(rows[i], rows[i + 1], alpha, spared);
+                rows[i].write(to + i * ring.step * common.y_sample, count, common.aligned);
+            }
+    });
+}
+
+// Larger groups, row by row round the ring: each row is read once, whatever the group's size.
 template <class T>
 NN_INLINE void circular_shift_thread(const Place& place, const T* x, T* y, const Common& common, const MixPlan& plan) {
     const float alpha = float(*common.strength);
     for_groups(place, common, plan, [&](int64_t first, int64_t k, int64_t at, int count, int64_t spared) {
-        // The transposed mix takes the sample before: the same walk, from the last sample to the first.
-        const int64_t begin = plan.transposed ? first + k - 1 : first, step = plan.transposed ? -1 : 1;
-        const T* from = x + common.from(begin, at);
-        T* to = y + common.to(begin, at);
+        const Ring ring(first, k, plan.transposed);
+        const T* from = x + common.from(ring.begin, at);
+        T* to = y + common.to(ring.begin, at);
         Unit<T> head, row, next;
         head.read(from, count, common.aligned);
         row = head;
 #pragma unroll 2
         for (int64_t i = 0; i < k; ++i) {
-            from += step * common.x_sample;
+            from += ring.step * common.x_sample;
             if (i + 1 < k)
                 next.read(from, count, common.aligned);
             else
                 next = head;
-            Unit<T> out = row;
-            if (k > 1 && alpha != 0) {
-                float own[kUnit], other[kUnit];
-                row.to_floats(own), next.to_floats(other);
-#pragma unroll
-                for (int j = 0; j < kUnit; ++j) own[j] = fmaf(alpha, other[j] - own[j], own[j]);
-                out.change(own, spared);
-            }
+            const Unit<T> out = k > 1 && alpha != 0 ? shifted(row, next, alpha, spared) : row;
             out.write(to, count, common.aligned);
-            to += step * common.y_sample;
+            to += ring.step * common.y_sample;
             row = next;
         }
     });
@@ -82,11 +124,7 @@ NN_INLINE void add_row(float (&sums)[kUnit], const Unit<T>& row) {
     }
 }
 
-// Rows that a thread holds in registers: more of them do not fit beside their sums in 128.
-template <class T>
-constexpr int kHeld = sizeof(T) == 4 ? 8 : 12;
-
-// Groups of kHeld samples at most: each row is read once, all of them at the same time.
+// Groups of kHeld samples at most, as above.
 template <class T>
 NN_INLINE void optimal_q_held_thread(const Place& place, const T* x, T* y, const Common& common, const MixPlan& plan) {
     const bool on = *common.strength != 0;

@@ -11,22 +11,21 @@
 namespace noisynn {
 namespace {
 
-// Blocks at once on one multiprocessor: 64 registers a thread, 80 and 128 where it holds several rows, so that none is
-// spilled.
-constexpr int kBlocksOnOne = 4, kBlocksOfRing = 3, kBlocksOfHeld = 2;
+// Blocks at once on one multiprocessor: as many as leave registers enough that none is spilled.
+constexpr int kBlocksOfGaussian = 6, kBlocksOnOne = 4, kBlocksOfRing = 3, kBlocksOfHeld = 2;
 
 __device__ __forceinline__ Place here() {
     return {blockIdx.x, blockIdx.y, threadIdx.x, gridDim.x, gridDim.y, blockDim.x};
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+__global__ void __launch_bounds__(kThreads, kBlocksOfGaussian)
     gaussian_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, DrawSource source) {
     gaussian_thread<GpuLane>(here(), x, y, common, source);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocksOfRing : kBlocksOnOne)
     salt_and_pepper_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, DrawSource source,
                            Extremes extremes) {
     salt_and_pepper_thread<GpuLane>(here(), x, y, common, source, extremes);
@@ -36,6 +35,12 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfRing)
     circular_shift_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, MixPlan plan) {
     circular_shift_thread(here(), x, y, common, plan);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksOfHeld)
+    circular_shift_held_kernel(const T* __restrict__ x, T* __restrict__ y, Common common, MixPlan plan) {
+    circular_shift_held_thread(here(), x, y, common, plan);
 }
 
 template <class T>
@@ -201,9 +206,12 @@ Tensor linear_mix(Tensor x, Tensor strength, bool optimal, int64_t group_size, i
         constexpr int held = kHeld<std::remove_pointer_t<decltype(to)>>;
         const Common common = prepared.common();
         const dim3 grid = blocks(plan.groups, whole(common.size, kUnit));
-        if (!optimal)
+        const bool fits = group_size <= held || x.size(0) <= held;
+        if (!optimal && fits)
+            circular_shift_held_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
+        else if (!optimal)
             circular_shift_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
-        else if (group_size <= held || x.size(0) <= held)
+        else if (fits)
             optimal_q_held_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);
         else
             optimal_q_kernel<<<grid, kThreads, 0, queue>>>(from, to, common, plan);

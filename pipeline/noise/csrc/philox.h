@@ -32,19 +32,46 @@ struct RoundKeys {
     }
 };
 
+constexpr uint32_t kFirstFactor = 0xD2511F53u, kSecondFactor = 0xCD9E8D57u;
+
+// What of the first two rounds does not depend on the block: half of their products, the same for a whole sample. Plain
+// integers, which a compiler takes out of a loop.
+struct Beginning {
+    uint32_t high_id, low, high, last;
+
+    NN_INLINE Beginning(const Draw& draw, const RoundKeys& keys) {
+        const uint64_t of_id = uint64_t(uint32_t(draw.sample_id)) * kSecondFactor;
+        const uint64_t of_stream = uint64_t(uint32_t(of_id >> 32) ^ draw.stream ^ keys.first[0]) * kFirstFactor;
+        high_id = uint32_t(draw.sample_id >> 32) ^ keys.second[0];
+        low = uint32_t(of_id) ^ keys.first[1];
+        high = uint32_t(of_stream >> 32) ^ keys.second[1];
+        last = uint32_t(of_stream);
+    }
+};
+
 // `L` gives the lanes: W holds a 32-bit word in the low half of each 64-bit lane (whatever is above is ignored by
 // L::multiply), so that one instruction multiplies to 64 bits and neither half needs to be gathered.
 // `N` counters at once: one alone waits for its own products most of the time.
 template <class L, int N>
-NN_INLINE void philox4x32_10(typename L::W (&c)[N][4], const RoundKeys& keys) {
+NN_INLINE void philox4x32_10(const typename L::W (&blocks)[N], const Draw& draw, const RoundKeys& keys,
+                             typename L::W (&c)[N][4]) {
+    const Beginning begun(draw, keys);
+    for (int n = 0; n < N; ++n) {
+        const typename L::W p0 = L::multiply(blocks[n], kFirstFactor);
+        const typename L::W p1 = L::multiply(L::exclusive_or(L::high(p0), begun.high_id), kSecondFactor);
+        c[n][0] = L::exclusive_or(L::high(p1), begun.low);
+        c[n][1] = p1;
+        c[n][2] = L::exclusive_or(p0, begun.high);
+        c[n][3] = L::wide(begun.last);
+    }
 #ifdef __CUDACC__
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 2; round < 10; ++round) {
         for (int n = 0; n < N; ++n) {
-            const typename L::W p0 = L::multiply(c[n][0], 0xD2511F53u), p1 = L::multiply(c[n][2], 0xCD9E8D57u);
+            const typename L::W p0 = L::multiply(c[n][0], kFirstFactor), p1 = L::multiply(c[n][2], kSecondFactor);
             c[n][0] = L::exclusive_or(L::high(p1), c[n][1], keys.first[round]);
             c[n][1] = p1;
             c[n][2] = L::exclusive_or(L::high(p0), c[n][3], keys.second[round]);
@@ -58,18 +85,12 @@ NN_INLINE void philox4x32_10(typename L::W (&c)[N][4], const RoundKeys& keys) {
 template <class L, int Steps>
 NN_INLINE void draw_words(uint32_t block, const Draw& draw, const RoundKeys& keys,
                           typename L::U (&words)[Steps][4]) {
-    typename L::W counter[Steps * L::parts][4];
-    for (int n = 0; n < Steps * L::parts; ++n) {
-        counter[n][0] = L::blocks(block + n / L::parts * L::width, n % L::parts);
-        counter[n][1] = L::wide(draw.stream);
-        counter[n][2] = L::wide(uint32_t(draw.sample_id));
-        counter[n][3] = L::wide(uint32_t(draw.sample_id >> 32));
-    }
-    philox4x32_10<L>(counter, keys);
+    typename L::W blocks[Steps * L::parts], made[Steps * L::parts][4];
+    for (int n = 0; n < Steps * L::parts; ++n) blocks[n] = L::blocks(block + n / L::parts * L::width, n % L::parts);
+    philox4x32_10<L>(blocks, draw, keys, made);
     for (int step = 0; step < Steps; ++step)
         for (int word = 0; word < 4; ++word)
-            words[step][word] =
-                L::join(counter[step * L::parts][word], counter[step * L::parts + L::parts - 1][word]);
+            words[step][word] = L::join(made[step * L::parts][word], made[step * L::parts + L::parts - 1][word]);
 }
 
 }  // namespace noisynn

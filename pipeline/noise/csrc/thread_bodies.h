@@ -27,7 +27,7 @@ struct Grid {
 };
 
 constexpr uint32_t kThreads = 256, kMaxGridY = 65535, kMaxGridX = 1u << 20;
-constexpr int64_t kMostTasks = 4, kEnoughBlocks = 4096;
+constexpr int64_t kMostTasks = 16, kEnoughBlocks = 4096;
 
 NN_INLINE int64_t whole(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
@@ -198,12 +198,16 @@ NN_INLINE void from_place(int64_t at, const Draw& draw, const RoundKeys& keys, V
     }
 }
 
+// std times normals, added to the values: the same bits as in add_unit_normals, whatever the layout.
 template <class L, bool fits, int Count>
-NN_INLINE void normals_at(int64_t at, const Draw& draw, const RoundKeys& keys, float (&out)[Count]) {
-    from_place<L, fits, Count / 4>(at, draw, keys, out, [](const uint32_t (&words)[4], float* four) {
-        normals<L>(words[0], words[1], four[0], four[1]);
-        normals<L>(words[2], words[3], four[2], four[3]);
+NN_INLINE void add_normals_at(int64_t at, const Draw& draw, const RoundKeys& keys, float spread, float (&values)[Count]) {
+    Product<L> products[Count];
+    from_place<L, fits, Count / 4>(at, draw, keys, products, [&](const uint32_t (&words)[4], Product<L>* four) {
+        normal_products<L>(words[0], words[1], spread, four[0], four[1]);
+        normal_products<L>(words[2], words[3], spread, four[2], four[3]);
     });
+#pragma unroll
+    for (int i = 0; i < Count; ++i) values[i] = products[i].added_to(values[i]);
 }
 
 template <class L, bool fits, int Count>
@@ -227,31 +231,40 @@ struct WholeUnits {
     NN_INLINE bool has(uint32_t unit) const { return unit - first < count; }
 };
 
-// whole(unit's floats, its number, sample, draw) for WholeUnits, careful(unit, its first element, sample, draw) for others.
-template <class T, class Whole, class Careful>
+// whole_of(sample, draw) gives what takes the floats and the number of each of its WholeUnits; change(unit, its first
+// element, sample, draw) for others.
+// Whole units have a loop of their own, in which pointers are moved on: a GPU would multiply anew for each address, on the
+// pipe that Philox's products need.
+template <class T, class WholeOf, class Careful>
 NN_INLINE void for_drawn_units(const Place& place, const T* x, T* y, const Common& common, const DrawSource& source,
-                               const WholeUnits& easy, const Whole& change_whole, const Careful& change) {
+                               const WholeUnits& easy, const WholeOf& whole_of, const Careful& change) {
     const uint32_t units = uint32_t(whole(common.size, kUnit));  // up to 2^31
+    const uint32_t step = uint32_t(place.task_step());
     for (int64_t sample = place.block_y; sample < common.samples; sample += place.grid_y) {
         const Draw draw = source.of(sample);
-        const T* from = x + sample * common.x_sample;
-        T* to = y + sample * common.y_sample;
-        for (uint32_t unit = uint32_t(place.first_task()); unit < units; unit += uint32_t(place.task_step())) {
+        const auto change_whole = whole_of(sample, draw);
+        for (uint32_t unit = uint32_t(place.first_task()); unit < units;) {
             const int64_t at = int64_t(unit) * kUnit;
             Unit<T> own;
             if (easy.has(unit)) {
-                own.read_whole(from + at);
-                float values[kUnit];
-                own.to_floats(values);
-                change_whole(values, unit, sample, draw);
-                own.from_floats(values);
-                own.write_whole(to + at);
+                const T* from = x + sample * common.x_sample + at;
+                T* to = y + sample * common.y_sample + at;
+                do {
+                    own.read_whole(from);
+                    float values[kUnit];
+                    own.to_floats(values);
+                    change_whole(values, unit);
+                    own.from_floats(values);
+                    own.write_whole(to);
+                    from += step * kUnit, to += step * kUnit, unit += step;
+                } while (easy.has(unit));
             } else {
                 const int64_t left = common.size - at;
                 const int count = int(left < kUnit ? left : kUnit);
                 own.read(x + common.from(sample, at), count, common.aligned);
                 if (at + count > common.spared) change(own, at, sample, draw);
-                own.write(to + at, count, common.aligned);
+                own.write(y + common.to(sample, at), count, common.aligned);
+                unit += step;
             }
         }
     }
@@ -263,8 +276,8 @@ NN_INLINE void gaussian_thread(const Place& place, const T* x, T* y, const Commo
     const RoundKeys keys = source.keys();
     for_drawn_units(
         place, x, y, common, source, WholeUnits(common, std != 0),
-        [&](float (&values)[kUnit], uint32_t unit, int64_t, const Draw& draw) {
-            add_unit_normals<L>(unit, draw, keys, spread, values);
+        [&](int64_t, const Draw& draw) {
+            return [&](float (&values)[kUnit], uint32_t unit) { add_unit_normals<L>(unit, draw, keys, spread, values); };
         },
         [&](Unit<T>& unit, int64_t at, int64_t, const Draw& draw) {
             if (std == 0) return;
@@ -303,12 +316,15 @@ NN_INLINE void salt_and_pepper_thread(const Place& place, const T* x, T* y, cons
     const RoundKeys keys = source.keys();
     for_drawn_units(
         place, x, y, common, source, WholeUnits(common, thresholds.either != 0 && extremes.parts == 1),
-        [&](float (&values)[kUnit], uint32_t unit, int64_t sample, const Draw& draw) {
-            uint32_t words[2][4];
-            unit_words<L>(unit, draw, keys, words);
-            const float low = float(extremes.low[sample]), high = float(extremes.high[sample]);
+        [&](int64_t sample, const Draw& draw) {
+            const int64_t entry = extremes.parts == 1 ? sample : 0;  // others have no whole units
+            const float low = float(extremes.low[entry]), high = float(extremes.high[entry]);
+            return [&, low, high](float (&values)[kUnit], uint32_t unit) {
+                uint32_t words[2][4];
+                unit_words<L>(unit, draw, keys, words);
 #pragma unroll
-            for (int i = 0; i < kUnit; ++i) values[i] = replaced.of(words[i / 4][i % 4], values[i], low, high);
+                for (int i = 0; i < kUnit; ++i) values[i] = replaced.of(words[i / 4][i % 4], values[i], low, high);
+            };
         },
         [&](Unit<T>& unit, int64_t at, int64_t sample, const Draw& draw) {
             if (thresholds.either == 0) return;

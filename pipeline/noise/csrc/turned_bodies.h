@@ -63,14 +63,10 @@ NN_INLINE void for_turned(const Place& place, const T* x, T* y, const Turned& tu
 template <class L, bool fits, class T>
 NN_INLINE void gaussian_turned_thread(const Place& place, const T* x, T* y, const Turned& turned,
                                       const DrawSource& source) {
-    const float std = float(*turned.strength);
+    const float std = float(*turned.strength), spread = spread_of<L>(std);
     const RoundKeys keys = source.keys();
     for_turned(place, x, y, turned, [&](int64_t sample, uint32_t, int64_t at, float (&values)[kColumns]) {
-        if (std == 0) return;
-        float n[kColumns];
-        normals_at<L, fits>(at, source.of(sample), keys, n);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) values[c] = fmaf(n[c], std, values[c]);
+        if (std != 0) add_normals_at<L, fits>(at, source.of(sample), keys, spread, values);
     });
 }
 
