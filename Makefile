@@ -54,7 +54,7 @@ gpu: ## what needs a GPU, 9 minutes a part, the same command goes on: PART=check
 	check) if $(PYTHON_HERE) -c "import pytest" 2>/dev/null; then run -m pytest tests/gpu; \
 		else echo "error: the tests did not run: pytest is missing, and '$(PYTHON_HERE) -m pip install pytest' installs it" >&2; \
 		status=2; fi; run tests/gpu/sanitize.py ;; \
-	noise) measure --dtype bfloat16 --megabytes 1000 ;; \
+	noise) measure --dtype bfloat16 --megabytes 1000 --rounds 10 ;; \
 	train) measure ;; \
 	cifar) measure $(if $(DATA),--data "$(DATA)") ;; \
 	esac; \

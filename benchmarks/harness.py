@@ -368,7 +368,7 @@ def figures(value: Spread) -> str:
 
 def figure(value: float) -> str:
     """Three digits, or whole from 100 on."""
-    for size, letter in ((1e9, " G"), (1e6, " M")):
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -119,6 +119,10 @@ def image_contestants(count: int, dtype: torch.dtype, device: torch.device) -> l
 
     run = partial(ops.image_noise, images, mean, std, config, ids, 0, epoch, flip, dtype)
     plain = reference.image_noise(images, mean, std, NoiseConfig(), ids, 0, epoch, flip)
+    bytes_per_value = images.element_size() + dtype.itemsize  # one is read, the other written; a copy does half each
+    half = images.numel() * bytes_per_value // 2
+    source = torch.randint(0, 256, (half,), generator=generator, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
     expression = "permute, float, flip, / 255, - mean, / std, + torch.randn_like(x) * s"
     work: Work = {
         "eager": (partial(chain, images), expression),
@@ -127,8 +131,12 @@ def image_contestants(count: int, dtype: torch.dtype, device: torch.device) -> l
             partial(run, strength=strength, stream=stream),
             f"pipeline/noise/ops.py, {kernels_text(device.type)}",
         ),
+        "copy": (
+            partial(target.copy_, source),
+            "target.copy_(source) of uint8, as many bytes read and written in all: the bound by bandwidth",
+        ),
     }
-    return _listed(work, plain, True, 1 + dtype.itemsize)
+    return _listed(work, plain, True, bytes_per_value)
 
 
 def norm_contestants(kind: Kind, x: Tensor, backward: bool) -> list[Contestant]:

@@ -72,7 +72,7 @@ QUESTIONS = {
         ranks.goodput_blocks,
     ),
     "cifar": Question(
-        "CIFAR-10 on one GPU",
+        "CIFAR-10 from scratch",
         "Trained from scratch with noise and without: how many pictures of CIFAR-10 are answered rightly, and which "
         "part of a gain is transductive?",
         trials.cifar_variant,

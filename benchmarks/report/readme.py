@@ -10,6 +10,7 @@ from benchmarks.harness import Spread
 from benchmarks.report.markdown import table
 from benchmarks.report.questions import chosen
 from benchmarks.report.readme_accuracy import PLOT, accuracy_figures, draw_accuracy, filled
+from benchmarks.report.readme_gpu import MODELS, gpu_cifar_figures, gpu_noise_figures, gpu_train_figures
 from benchmarks.report.results import ALIKE, Alike, Result, check_alike
 from benchmarks.report.speed import LOADER_LABELS, OWN_LOADERS, spread_of
 from pipeline.page.drawing import Theme
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-_MODELS = {"vit_tiny_patch16_224": "ViT-T", "vit_small_patch16_224": "ViT-S"}
 _COMPARED = Alike(("compared with",))  # one sentence is of several parts, each with a first of its own
 _NUMBERS = {1: "one", 2: "two", 4: "four", 8: "eight"}
 
@@ -107,12 +107,12 @@ def train_figures(results: Sequence[Result], latest: bool) -> str:
         f"({1e3 * spread_of(save, 'wall_seconds').median:.0f} ms)"
         for model, save in saves.items()
     ]
-    models = ", ".join(_MODELS.get(model, model) for model in saves)
+    models = ", ".join(MODELS.get(model, model) for model in saves)
     lines.append([f"how long a checkpoint holds a step up, to a bare copy of the state: {models}", "; ".join(held)])
     check_alike([*aims.values(), *saves.values()], _COMPARED)
     first = next(iter(aims.values()))
     ranks, side = (first.condition(name) for name in ("ranks", "image_size"))
-    model = _MODELS.get(first.condition("model"), first.condition("model"))
+    model = MODELS.get(first.condition("model"), first.condition("model"))
     intro = (
         f"What training costs beside a bare loop in the same file (`python -m benchmarks train`; "
         f"{_NUMBERS.get(ranks, ranks)} ranks on {first.source.hardware}, {model} at {side} pixels, "
@@ -134,7 +134,7 @@ def audit_figures(results: Sequence[Result], latest: bool) -> str:
     first = by_part["nine"]
     model, side, count = (first.condition(name) for name in ("model", "image_size", "images"))
     return filled(
-        f"On {first.source.hardware}, {_MODELS.get(model, model)} at {side} pixels and {count} pictures, all nine "
+        f"On {first.source.hardware}, {MODELS.get(model, model)} at {side} pixels and {count} pictures, all nine "
         f"protocols at one k go {nine} as nine whole passes, the default grid of k and orders {grid} as by whole "
         f"passes (`python -m benchmarks audit`; n = {first['n']})."
     )
@@ -144,6 +144,9 @@ def audit_figures(results: Sequence[Result], latest: bool) -> str:
 BLOCKS: dict[str, Callable[[Sequence[Result], bool, str], str]] = {
     "accuracy": lambda results, latest, plots: accuracy_figures(chosen(results, "accuracy", latest).chosen, plots),
     "audit": lambda results, latest, plots: audit_figures(results, latest),
+    "gpu-cifar": lambda results, latest, plots: gpu_cifar_figures(results, latest),
+    "gpu-noise": lambda results, latest, plots: gpu_noise_figures(results, latest),
+    "gpu-train": lambda results, latest, plots: gpu_train_figures(results, latest),
     "loader": lambda results, latest, plots: loader_figures(results, latest),
     "train": lambda results, latest, plots: train_figures(results, latest),
 }

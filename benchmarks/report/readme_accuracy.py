@@ -41,7 +41,7 @@ def accuracy_figures(found: Sequence[Result], plots: str) -> str:
     cells = [result.row for result in found]
     models = list(dict.fromkeys(result.part for result in found))
     k, pictures, epochs = (found[0].condition(name) for name in ("group_eval", "pictures", "epochs"))
-    seeds = _counted(len(values) for row in rows for values in row.values.values())
+    seeds = counted(len(values) for row in rows for values in row.values.values())
     intro = (
         f"Measured (`python -m benchmarks accuracy`): {_short(models)}; {pictures}; {epochs} epochs; k = {k}; "
         f"{seeds} seeds, mean and 95 % interval in percent:"
@@ -119,7 +119,8 @@ def _mates(cells: Sequence[dict[str, Any]], order: str) -> str:
     return f"{100 * sum(shares) / len(shares):.1f} %" if order else ""
 
 
-def _counted(numbers: Iterable[int]) -> str:
+def counted(numbers: Iterable[int]) -> str:
+    """One number, or from the lowest to the highest."""
     found = sorted(set(numbers))
     return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 

@@ -103,6 +103,12 @@ class Result:
         return value
 
     @property
+    def place(self) -> str:
+        """Where it was measured, as far as that makes another measurement: the card's name, or `cpu`."""
+        device = self.condition("device")
+        return str(self["environment"].get("device", device) if device == "cuda" else device)
+
+    @property
     def versions(self) -> dict[str, str]:
         """Hardware, and all that was installed; the code's own commit may differ, and is shown."""
         return {name: value for name, value in self["environment"].items() if name != "commit"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.harness import Spread, figures, ratio
+from benchmarks.noise_aims import CARD, DTYPE, HEADER, TITLE, Aim, aims_of, aims_table
 from benchmarks.report.blocks import (
     Bar,
     Block,
@@ -87,18 +88,43 @@ def loader_blocks(results: Sequence[Result]) -> Iterator[Block]:
 def noise_variant(result: Result) -> str:
     if result.part == _MACHINE_CODE:
         return "built for GPUs"
-    return f"{result.condition('dtype')} on {result.condition('device')}"
+    size = f", {result.number('megabytes'):,g} MB" if result.condition("device") == "cuda" else ""
+    return f"{result.condition('dtype')} on {result.place}{size}"
 
 
 def noise_blocks(results: Sequence[Result]) -> Iterator[Block]:
     parts = by_part(results)
     code = parts.pop(_MACHINE_CODE, [])
     if parts:
+        yield from _noise_aims_blocks([result for of_part in parts.values() for result in of_part])
         yield from _operator_blocks(parts)
     for part, of_part in parts.items():
         yield common_block(of_part, part, "operator".__eq__)
     for result in code:
         yield _machine_code_block(result)
+
+
+def _noise_aims_blocks(results: Sequence[Result]) -> Iterator[Block]:
+    """Of the rows that keep aims, and of those that these are beside."""
+    aimed = {result.part for result in results if aims_kept(result)}
+    beside = [result for result in results if result.part in aimed]
+    if lines := aims_table([(result.timed, aims_kept(result)) for result in beside]):
+        yield block_of(
+            beside,
+            TITLE,
+            HEADER,
+            lines,
+            alike=Alike(("shape", "compared with")),
+            words="Ratios, turn by turn: of a rate at least, of a time at most the aim.",
+        )
+
+
+def aims_kept(result: Result) -> tuple[Aim, ...]:
+    """Of a row of noise. Errors: ValueError naming file and line."""
+    try:
+        return aims_of(result.row)
+    except ValueError as error:
+        raise ValueError(f"{result.where} is damaged ({error}): take it out, or measure it again") from error
 
 
 def _operator_blocks(parts: dict[str, list[Result]]) -> Iterator[Block]:
@@ -176,7 +202,7 @@ def train_variant(result: Result) -> str:
     if "device" in result.conditions:
         names = ("dtype", "image_size", "compile")
         dtype, side, compiled = (result.condition(name) for name in names)
-        return f"one GPU: {dtype}, {side} px, {'compiled' if compiled else 'eager'}"
+        return f"one device, {result.place}: {dtype}, {side} px, {'compiled' if compiled else 'eager'}"
     model, side, batch, ranks = (result.condition(name) for name in ("model", "image_size", "batch", "ranks"))
     return f"{model} at {side} px, {batch} pictures a rank, {ranks} ranks"
 
@@ -230,4 +256,18 @@ def _model_block(results: Sequence[Result]) -> Block:
 
     title, header, lines = model_table([result.row for result in results])
     own = frozenset(i for i, result in enumerate(results) if _is_own_training(result.name))
+    verdicts = [training_verdict(result) for result in results]
+    if any(verdicts):
+        header, lines = [*header, ""], [[*line, verdict] for line, verdict in zip(lines, verdicts, strict=True)]
     return block_of(results, title.removeprefix("train: "), header, lines, own=own)
+
+
+def training_verdict(result: Result) -> str:
+    """Whether this project's step makes the images/s aimed at, and no fewer than timm's; on the aims' card alone."""
+    aim = result["aim_images_per_second"]
+    if aim is None or not _is_own_training(result.name) or (result.place, result.condition("dtype")) != (CARD, DTYPE):
+        return ""
+    short = 1 - spread_of(result, "items_per_second").median / aim
+    below = 1 - spread_of(result, "ratio").median
+    images, timms = ("met" if by <= 0 else f"NOT met, by {100 * by:.1f} %" for by in (short, below))
+    return f"{aim:,} images/s: {images}; timm's: {timms}"

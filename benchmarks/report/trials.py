@@ -24,7 +24,7 @@ CIFAR = Alike(("seed", "noise"), means=True, all_parts=True)
 
 
 def draws_variant(result: Result) -> str:
-    return f"on {result.condition('device')}"
+    return f"on {result.place}"
 
 
 def draws_blocks(results: Sequence[Result]) -> Iterator[Block]:
@@ -108,9 +108,9 @@ def point(label: str, values: Sequence[float], transductive: bool) -> Point:
 
 
 def cifar_variant(result: Result) -> str:
-    names = ("pictures", "epochs", "batch", "width", "depth", "patch", "dtype", "device")
-    pictures, epochs, batch, width, depth, patch, dtype, device = (result.condition(name) for name in names)
-    how = f"{epochs} epochs, batch {batch}, {depth} blocks of {width}, patches of {patch}, {dtype} on {device}"
+    names = ("pictures", "epochs", "batch", "width", "depth", "patch", "dtype")
+    pictures, epochs, batch, width, depth, patch, dtype = (result.condition(name) for name in names)
+    how = f"{epochs} epochs, batch {batch}, {depth} blocks of {width}, patches of {patch}, {dtype} on {result.place}"
     return f"{pictures}; {how}; the noisy twin's: {result.condition('noisy_twin')}"
 
 

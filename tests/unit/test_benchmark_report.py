@@ -199,7 +199,9 @@ def test_wrong_folders_and_readmes_are_refused(tmp_path, capsys):
     (tmp_path / "r.md").write_text("no figures")
     assert "r.md has no `<!-- figures: accuracy -->`" in refused(capsys, "report", "--readme", tmp_path / "r.md", *out)
     (tmp_path / "r.md").write_text("<!-- figures: speed -->\n<!-- end -->")
-    assert "there are accuracy, audit, loader, train" in refused(capsys, "report", "--readme", tmp_path / "r.md", *out)
+    assert "there are accuracy, audit, gpu-cifar, gpu-noise, gpu-train, loader, train:" in refused(
+        capsys, "report", "--readme", tmp_path / "r.md", *out
+    )
     folder = folder_of(tmp_path, *timed({"plain write": 1.0}, circumstances()))
     (tmp_path / "r.md").write_text("<!-- figures: train -->\n<!-- end -->")
     said = refused(capsys, "report", "--results", folder, "--readme", tmp_path / "r.md", *out)

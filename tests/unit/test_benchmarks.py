@@ -58,7 +58,7 @@ def test_the_noises_are_measured_and_a_second_run_goes_on(tmp_path, capsys, quic
     norms = [f"norm_noise, {kind}{way}" for kind in ("gaussian", "optimal_q") for way in ("", ", and back")]
     assert [(row["part"], row["contestant"]) for row in rows] == [
         (kind, name) for kind in KINDS for name in ("eager", "reference", "torch.compile", "operator", "clone", "copy")
-    ] + [("image_noise, gaussian", name) for name in ("eager", "torch.compile", "operator")] + [
+    ] + [("image_noise, gaussian", name) for name in ("eager", "torch.compile", "operator", "copy")] + [
         ("channels_last, gaussian", name) for name in ("eager", "torch.compile", "operator", "clone", "copy")
     ] + [(part, name) for part in norms for name in ("eager", "torch.compile", "operator", "LayerNorm alone")]
     assert rows[0]["conditions"]["shape"] == [8, 197, 768]
@@ -95,6 +95,18 @@ def test_eager_noises_do_the_references_work_and_another_strength_is_noticed(kin
     assert agree(made, reference.output()) is None
     weaker = made._replace(noisy=x + 0.9 * (made.noisy - x))
     assert agree(made, weaker) is not None
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per_value"), [(torch.float32, 5), (torch.bfloat16, 3)])
+def test_pictures_are_compared_with_a_copy_that_moves_as_many_bytes(dtype, bytes_per_value, quick_compiler):
+    """One byte of a value is read, the rest written; the copy reads its source and writes as much."""
+    by_name = {c.name: c for c in noise_contestants.image_contestants(8, dtype, torch.device("cpu"))}
+    assert list(by_name) == ["eager", "torch.compile", "operator", "copy"]
+    values = 8 * 3 * 224 * 224
+    copy, source = by_name["copy"], by_name["copy"].round.args[0].args[0]
+    assert 2 * source.nbytes == values * bytes_per_value and copy.output is None
+    assert [c.bytes_per_item for c in by_name.values()] == [bytes_per_value] * 4
+    assert copy.round() == by_name["operator"].round() == values
 
 
 @pytest.mark.parametrize("backward", [False, True])
