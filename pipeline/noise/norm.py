@@ -18,6 +18,12 @@ _NORM_OF_PART = {"attn": "norm1", "mlp": "norm2"}
 Noisy = Callable[[Tensor, "NormNoise"], Tensor | None]
 
 
+def as_products_take(x: Tensor) -> Tensor:
+    """x as the next layer's product would take it: rounded to autocast's type where that is on, else as it is."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class NormNoise(nn.LayerNorm):
     """The parameters of `norm`, and `noisy(x, self)` in place of its result; where that gives None, LayerNorm alone."""
 
@@ -29,11 +35,12 @@ class NormNoise(nn.LayerNorm):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.noisy is not None:
-            # As torch's autocast has it: LayerNorm and what it gives are float32.
-            wide = x.float() if torch.is_autocast_enabled(x.device.type) else x
-            if (y := self.noisy(wide, self)) is not None:
-                return y
+        if self.noisy is not None and (y := self.noisy(x, self)) is not None:
+            return y
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """LayerNorm without noise."""
         return super().forward(x)
 
 

@@ -68,7 +68,7 @@ def walked(
     library.nn_mix_plan(ctypes.c_int64(samples), ctypes.c_int64(group), ctypes.c_bool(False), ctypes.byref(plan))
     rows = -(-samples // group) if config.kind in ("circular_shift", "optimal_q") else samples
     grid = (1, 1) if small_grid else grid_of(library, rows, library.nn_image_tasks(ctypes.byref(of)))
-    source = DrawSource(ids.data_ptr(), EPOCH.data_ptr(), SEED, noise_stream(config))
+    source = DrawSource.of(ids, EPOCH, SEED, noise_stream(config))
     walk = ImageWalk(FORMATS[dtype], *grid, IMAGE_KINDS.index(config.kind), memory.data_ptr(), of, source, plan)
     library.nn_walk_image(ctypes.byref(walk))
     assert (memory[images.numel() :] == 77).all(), "something was written behind the end"

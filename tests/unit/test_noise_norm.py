@@ -331,16 +331,31 @@ def test_a_last_sample_on_its_own_does_not_change_the_others(kind):
     assert torch.equal(nine[:8], eight)
 
 
-def test_autocast_gives_float32_as_layer_norm_does():
+@pytest.mark.parametrize("kind", ["gaussian", "salt_and_pepper", "circular_shift", "optimal_q"])
+def test_autocast_s_noise_is_on_what_the_next_product_takes(kind):
     model = vit()
     seen = []
+    strength = {"gaussian": 0.5, "salt_and_pepper": 0.1, "circular_shift": 0.3}.get(kind)
+    inject(model, NoiseConfig(kind=kind, strength=strength, site=SITE, during="eval", group_size=2))
     model.blocks[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
-    inject(model, NoiseConfig(kind="gaussian", strength=0.5, site=SITE, during="eval"))
     for context in (torch.autocast("cpu", torch.bfloat16), torch.no_grad()):
         with context:
             model(pictures())
     model.to(torch.bfloat16)(pictures().to(torch.bfloat16))
-    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "salt_and_pepper", "circular_shift"])
+def test_under_autocast_noise_of_no_strength_is_the_plain_model_to_the_bit(kind):
+    model, plain = vit(), vit()
+    inject(model, NoiseConfig(kind=kind, strength=0.0, site="blocks.*.attn", during="eval", group_size=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (one(pictures()) for one in (model, plain))
+        found.float().square().sum().backward()
+        expected.float().square().sum().backward()
+    assert torch.equal(found, expected)
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
 
 
 def test_a_copy_of_the_model_has_noise_of_its_own():

@@ -64,7 +64,7 @@ def walked(
     walk.weight, walk.bias, walk.group_size = weight.data_ptr(), bias.data_ptr(), config.group_size or samples
     walk.rows = Rows(samples, tokens, width, first_token, EPSILON, 1 / width, strength.data_ptr())
     stream = reference.stream_of(config.site, reference.Purpose.NOISE)
-    walk.source = DrawSource(ids.data_ptr(), EPOCH.data_ptr(), 7, stream)
+    walk.source = DrawSource.of(ids, EPOCH, 7, stream)
     library.nn_walk_norm(ctypes.byref(walk))
     walk.y = dx.data_ptr()
     walk.way = 0 if config.detach else walk.way

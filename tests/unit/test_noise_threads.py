@@ -36,9 +36,14 @@ class DrawSource(ctypes.Structure):
     _fields_ = (
         ("sample_ids", ctypes.c_void_p),
         ("epoch", ctypes.c_void_p),
-        ("seed", ctypes.c_uint32),
         ("stream", ctypes.c_uint32),
+        ("first_keys", ctypes.c_uint32 * 10),
     )
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, epoch: torch.Tensor, seed: int, stream: int) -> "DrawSource":
+        keys = (ctypes.c_uint32 * 10)(*((seed + number * 0x9E3779B9) & 0xFFFFFFFF for number in range(10)))
+        return cls(ids.data_ptr(), epoch.data_ptr(), stream, keys)
 
 
 class MixPlan(ctypes.Structure):
@@ -131,7 +136,7 @@ def walked(
         x.data_ptr(),
         y.data_ptr(),
         common_of(x, y, spared, number),
-        DrawSource(ids.data_ptr(), EPOCH.data_ptr(), SEED, STREAM),
+        DrawSource.of(ids, EPOCH, SEED, STREAM),
         Extremes(low.data_ptr(), high.data_ptr(), parts, size // parts),
         plan,
     )

@@ -85,7 +85,7 @@ def walked(
         x.data_ptr(),
         y.data_ptr(),
         turned,
-        DrawSource(ids.data_ptr(), EPOCH.data_ptr(), SEED, STREAM),
+        DrawSource.of(ids, EPOCH, SEED, STREAM),
         Extremes(low.data_ptr(), high.data_ptr(), low.shape[1], 0),
     )
     getattr(library, f"nn_walk_{name}_turned")(ctypes.byref(walk))

@@ -47,8 +47,10 @@ inline DrawSource source_of(const Tensor& sample_ids, const Tensor& epoch, int64
                         sample_ids.is_contiguous(),
                     "sample_ids: int64, one for each sample");
     STD_TORCH_CHECK(epoch.scalar_type() == ScalarType::Long && epoch.numel() == 1, "epoch: int64, one number");
-    return {static_cast<const int64_t*>(sample_ids.const_data_ptr()), static_cast<const int64_t*>(epoch.const_data_ptr()),
-            uint32_t(seed), uint32_t(stream)};
+    DrawSource source = {static_cast<const int64_t*>(sample_ids.const_data_ptr()),
+                         static_cast<const int64_t*>(epoch.const_data_ptr()), uint32_t(stream)};
+    RoundKeys::first_keys(uint32_t(seed), source.first_keys);
+    return source;
 }
 
 }  // namespace noisynn

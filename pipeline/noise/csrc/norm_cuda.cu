@@ -15,7 +15,7 @@ __device__ __forceinline__ WarpPlace warp_here() {
 }
 
 template <int Units, class T>
-__global__ void __launch_bounds__(kWarpsInBlock* kWarp, 4)
+__global__ void __launch_bounds__(kWarpsInBlock* kWarp, 7)
     norm_gaussian_kernel(NormForward<Units, T> work, DrawSource source) {
     norm_gaussian_warp<GpuLane>(warp_here(), work, source);
 }

@@ -20,15 +20,27 @@ struct Draw {
     uint64_t sample_id;
 };
 
+constexpr uint32_t kRounds = 10;
+
 // The key of each round. Kept in memory on the CPU: a vector unit takes a broadcast word from there for nothing.
 struct RoundKeys {
-    uint32_t first[10], second[10];
+    uint32_t first[kRounds], second[kRounds];
 
     explicit NN_INLINE RoundKeys(const Draw& draw) {
-        for (uint32_t round = 0; round < 10; ++round) {
-            first[round] = draw.seed + round * 0x9E3779B9u;
-            second[round] = draw.epoch + round * 0xBB67AE85u;
-        }
+        first_keys(draw.seed, first);
+        second_keys(draw.epoch);
+    }
+    NN_INLINE RoundKeys(const uint32_t (&of_seed)[kRounds], uint32_t epoch) {
+        for (uint32_t round = 0; round < kRounds; ++round) first[round] = of_seed[round];
+        second_keys(epoch);
+    }
+    static NN_INLINE void first_keys(uint32_t seed, uint32_t (&keys)[kRounds]) {
+        for (uint32_t round = 0; round < kRounds; ++round) keys[round] = seed + round * 0x9E3779B9u;
+    }
+
+private:
+    NN_INLINE void second_keys(uint32_t epoch) {
+        for (uint32_t round = 0; round < kRounds; ++round) second[round] = epoch + round * 0xBB67AE85u;
     }
 };
 
@@ -69,7 +81,7 @@ NN_INLINE void philox4x32_10(const typename L::W (&blocks)[N], const Draw& draw,
 #else
 #pragma GCC unroll 10
 #endif
-    for (int round = 2; round < 10; ++round) {
+    for (uint32_t round = 2; round < kRounds; ++round) {
         for (int n = 0; n < N; ++n) {
             const typename L::W p0 = L::multiply(c[n][0], kFirstFactor), p1 = L::multiply(c[n][2], kSecondFactor);
             c[n][0] = L::exclusive_or(L::high(p1), c[n][1], keys.first[round]);

@@ -73,13 +73,14 @@ private:
 
 struct DrawSource {
     const int64_t *sample_ids, *epoch;
-    uint32_t seed, stream;
+    uint32_t stream;
+    uint32_t first_keys[kRounds];  // of the seed, which the host knows: a GPU takes each from where arguments lie, for nothing
 
     NN_INLINE Draw of(int64_t sample) const {
-        return {seed, uint32_t(*epoch), stream, uint64_t(sample_ids[sample])};
+        return {first_keys[0], uint32_t(*epoch), stream, uint64_t(sample_ids[sample])};
     }
     // The same for all samples.
-    NN_INLINE RoundKeys keys() const { return RoundKeys({seed, uint32_t(*epoch), stream, 0}); }
+    NN_INLINE RoundKeys keys() const { return RoundKeys(first_keys, uint32_t(*epoch)); }
 };
 
 // Sixteen bytes at a time, which a GPU moves in one instruction.
