@@ -69,6 +69,8 @@ class NoiseInjector:
         self._model = model
         self._sample_ids: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64)
+        self._filled_epoch: int | None = None  # what the numbers on the device are, as far as they were filled
+        self._filled_levels: tuple[tuple[float, float], ...] | None = None
         self._handles: list[RemovableHandle] = []
         self._replaced: dict[str, nn.Module] = {}  # norms by their names, as they were
         if config.kind == "none":
@@ -88,12 +90,21 @@ class NoiseInjector:
         if self._epoch.device != sample_ids.device:  # the model has been moved since
             self._epoch = self._epoch.to(sample_ids.device)
             self.sites = tuple(site.to(sample_ids.device) for site in self.sites)
-        self._epoch.fill_(epoch)
+        if epoch != self._filled_epoch:
+            self._epoch.fill_(epoch)
+            self._filled_epoch = epoch
         level, last_level = self.config.strength_at(progress), self.config.strength_at(1.0)
         picked, picked_in_evaluation = self._picked(epoch, step), self._picked(0, 0)
-        for number, site in enumerate(self.sites):
-            site.strength.fill_(level if picked in (None, number) else 0.0)
-            site.evaluation_strength.fill_(last_level if picked_in_evaluation in (None, number) else 0.0)
+        levels = tuple(
+            (level if picked in (None, number) else 0.0, last_level if picked_in_evaluation in (None, number) else 0.0)
+            for number in range(len(self.sites))
+        )
+        # Each fill is a launch on a GPU, and most steps change nothing.
+        if levels != self._filled_levels:
+            for site, (strength, evaluation_strength) in zip(self.sites, levels, strict=True):
+                site.strength.fill_(strength)
+                site.evaluation_strength.fill_(evaluation_strength)
+            self._filled_levels = levels
 
     def at_image(self) -> Draw | None:
         """The running batch's draw at the image; None where no noise acts there."""

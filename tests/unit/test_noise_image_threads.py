@@ -26,6 +26,7 @@ class Pictures(ctypes.Structure):
         ("samples", ctypes.c_int64),
         ("height", ctypes.c_int64),
         ("width", ctypes.c_int64),
+        ("plane", ctypes.c_uint32),
         ("aligned", ctypes.c_bool),
         ("channels_last", ctypes.c_bool),
         ("strength", ctypes.c_void_p),
@@ -61,8 +62,8 @@ def walked(
     strength = torch.tensor(1.0 if config.strength is None else config.strength, dtype=torch.float64)
     aligned = width % 8 == 0 and images.data_ptr() % 8 == 0 and memory.data_ptr() % 16 == 0
     flips = None if flip is None else flip.data_ptr()
-    of = Pictures(images.data_ptr(), flips, MEAN.data_ptr(), STD.data_ptr(), samples, height, width, aligned)
-    of.channels_last, of.strength = channels_last, strength.data_ptr()
+    of = Pictures(images.data_ptr(), flips, MEAN.data_ptr(), STD.data_ptr(), samples, height, width, height * width)
+    of.aligned, of.channels_last, of.strength = aligned, channels_last, strength.data_ptr()
     library.nn_image_tasks.restype = ctypes.c_int64
     plan, group = MixPlan(), config.group_size or samples
     library.nn_mix_plan(ctypes.c_int64(samples), ctypes.c_int64(group), ctypes.c_bool(False), ctypes.byref(plan))

@@ -294,7 +294,7 @@ def test_every_element_is_visited_once(library, rows, size):
         blocks = [(0, 0), (0, 1), (0, 70001 - 65535 - 1), (0, 70001 - 65535), (0, 65534)]
         for block in blocks:
             rows_seen = [row for row, _, _ in visits(library, rows, size, grid, block, 0)]
-            assert rows_seen == list(range(block[1], rows, grid[1]))
+            assert rows_seen == list(range(rows - 1 - block[1], -1, -grid[1]))  # the last first
         return
     for block in itertools.product(range(grid[0]), range(grid[1])):
         for thread in range(THREADS):
@@ -311,7 +311,7 @@ def test_places_beyond_2_to_the_32_are_reached(library, size):
     units = units_of(size)
     x, y = grid_of(library, 2, units)
     last = (units - 1) % (x * THREADS)
-    found = visits(library, 2, size, (x, y), (last // THREADS, 1), last % THREADS)
+    found = visits(library, 2, size, (x, y), (last // THREADS, 0), last % THREADS)
     assert found[-1] == (1, (units - 1) * 8, size - (units - 1) * 8)
     assert [at for _, at, _ in found] == list(range(last * 8, size, x * THREADS * 8))
     assert found[-1][1] // 4 < 1 << 32  # its block is still counted in 32 bits

@@ -63,6 +63,24 @@ void with_format(const Walk& w, const Body& body) {
     in_format(w.format, w.x, w.y, body);
 }
 
+template <Stretches how>
+void walk_image(const ImageWalk* w) {
+    in_format(w->format, w->y, w->y, [&](auto, auto y) {
+        walk(*w, [&](const Place& place) {
+            switch (ImageKind(w->kind)) {
+                case ImageKind::none:
+                    return image_thread<ImageKind::none, how, GpuLane>(place, w->pictures, y, w->source);
+                case ImageKind::gaussian:
+                    return image_thread<ImageKind::gaussian, how, GpuLane>(place, w->pictures, y, w->source);
+                case ImageKind::salt_and_pepper:
+                    return image_thread<ImageKind::salt_and_pepper, how, GpuLane>(place, w->pictures, y, w->source);
+                case ImageKind::circular_shift: return image_shift_thread<how>(place, w->pictures, y, w->plan);
+                case ImageKind::optimal_q: return image_optimal_q_thread<how>(place, w->pictures, y, w->plan);
+            }
+        });
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -144,24 +162,8 @@ void nn_walk_salt_and_pepper_turned(const TurnedWalk* w) {
 int64_t nn_image_tasks(const Pictures* pictures) { return pictures->tasks(); }
 
 void nn_walk_image(const ImageWalk* w) {
-    const bool fits = w->pictures.fits_blocks();
-    in_format(w->format, w->y, w->y, [&](auto, auto y) {
-        walk(*w, [&](const Place& place) {
-            switch (ImageKind(w->kind)) {
-                case ImageKind::none:
-                    return image_thread<ImageKind::none, true, GpuLane>(place, w->pictures, y, w->source);
-                case ImageKind::gaussian:
-                    if (fits) return image_thread<ImageKind::gaussian, true, GpuLane>(place, w->pictures, y, w->source);
-                    return image_thread<ImageKind::gaussian, false, GpuLane>(place, w->pictures, y, w->source);
-                case ImageKind::salt_and_pepper:
-                    if (fits)
-                        return image_thread<ImageKind::salt_and_pepper, true, GpuLane>(place, w->pictures, y, w->source);
-                    return image_thread<ImageKind::salt_and_pepper, false, GpuLane>(place, w->pictures, y, w->source);
-                case ImageKind::circular_shift: return image_shift_thread(place, w->pictures, y, w->plan);
-                case ImageKind::optimal_q: return image_optimal_q_thread(place, w->pictures, y, w->plan);
-            }
-        });
-    });
+    if (!w->pictures.aligned) return walk_image<Stretches::pieces>(w);
+    w->pictures.channels_last ? walk_image<Stretches::pixels>(w) : walk_image<Stretches::planes>(w);
 }
 
 // The uniforms of words, and the normals of pairs of them, as a GPU's lane makes them.

@@ -6,30 +6,40 @@
 namespace noisynn {
 namespace {
 
-// Blocks at once on one multiprocessor: 64 registers a thread, 80 where it holds the bytes of two pictures, or sums.
-constexpr int kBlocksOnOne = 4, kBlocksOfGroups = 3;
+// Blocks at once on one multiprocessor: 64 registers a thread, 80 where it draws six blocks of Philox, or holds the bytes of
+// two pictures, or sums.
+constexpr int kBlocksOnOne = 4, kBlocksOfSix = 3, kBlocksOfGroups = 3, kBlocksOfPieces = 2;
 
 __device__ __forceinline__ Place here() {
     return {blockIdx.x, blockIdx.y, threadIdx.x, gridDim.x, gridDim.y, blockDim.x};
 }
 
-template <ImageKind kind, bool fits, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOnOne)
+constexpr int blocks_of_one(ImageKind kind, Stretches how) {
+    return kind != ImageKind::none && how != Stretches::pixels ? kBlocksOfSix : kBlocksOnOne;
+}
+
+template <ImageKind kind, Stretches how, class T>
+__global__ void __launch_bounds__(kThreads, blocks_of_one(kind, how))
     image_kernel(Pictures pictures, T* __restrict__ y, DrawSource source) {
-    image_thread<kind, fits, GpuLane>(here(), pictures, y, source);
+    image_thread<kind, how, GpuLane>(here(), pictures, y, source);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksOfGroups)
+template <Stretches how, class T>
+__global__ void __launch_bounds__(kThreads, how == Stretches::pieces ? kBlocksOfPieces : kBlocksOfGroups)
     image_shift_kernel(Pictures pictures, T* __restrict__ y, MixPlan plan) {
-    image_shift_thread(here(), pictures, y, plan);
+    image_shift_thread<how>(here(), pictures, y, plan);
 }
 
-template <class T>
+template <Stretches how, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksOfGroups)
     image_optimal_q_kernel(Pictures pictures, T* __restrict__ y, MixPlan plan) {
-    image_optimal_q_thread(here(), pictures, y, plan);
+    image_optimal_q_thread<how>(here(), pictures, y, plan);
 }
+
+template <Stretches value>
+struct How {
+    static constexpr Stretches how = value;
+};
 
 const float* of_channels(const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == kChannels && x.is_contiguous(),
@@ -55,38 +65,39 @@ void image_noise(Tensor images, Tensor mean, Tensor std, Tensor flip, int64_t ki
                     "strength: float64, one number");
     if (images.numel() == 0) return;
     const Tensor x = torch::stable::contiguous(images), ids = torch::stable::contiguous(sample_ids);
-    const int64_t samples = x.size(0);
+    const int64_t samples = x.size(0), plane = x.size(1) * x.size(2);
+    STD_TORCH_CHECK(plane >> 32 == 0, "a picture has fewer than 2^32 pixels");
     const bool aligned =
         is_aligned(x.const_data_ptr()) && is_aligned(out.const_data_ptr()) && x.size(2) % kStretch == 0;
     const Pictures pictures = {static_cast<const uint8_t*>(x.const_data_ptr()), flips(flip, samples),
-                               of_channels(mean), of_channels(std), samples, x.size(1), x.size(2), aligned,
+                               of_channels(mean), of_channels(std), samples, x.size(1), x.size(2), uint32_t(plane), aligned,
                                channels_last, static_cast<const double*>(strength.const_data_ptr())};
-    STD_TORCH_CHECK(pictures.plane() >> 32 == 0, "a picture has fewer than 2^32 pixels");
     const DrawSource source = source_of(ids, epoch, seed, stream, samples);
     const MixPlan plan = MixPlan::of(samples, group_size, false);
     const bool is_linear = kind >= int64_t(ImageKind::circular_shift);
     const Grid size = grid_of(is_linear ? plan.groups : samples, pictures.tasks());
     const dim3 grid(size.x, size.y);
     const cudaStream_t queue = queue_of(x);
-    const bool fits = pictures.fits_blocks();
+    const auto launch = [&](auto* to, auto told) {
+        constexpr Stretches how = decltype(told)::how;
+        switch (ImageKind(kind)) {
+            case ImageKind::none:
+                return image_kernel<ImageKind::none, how><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+            case ImageKind::gaussian:
+                return image_kernel<ImageKind::gaussian, how><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+            case ImageKind::salt_and_pepper:
+                return image_kernel<ImageKind::salt_and_pepper, how><<<grid, kThreads, 0, queue>>>(pictures, to, source);
+            case ImageKind::circular_shift:
+                return image_shift_kernel<how><<<grid, kThreads, 0, queue>>>(pictures, to, plan);
+            case ImageKind::optimal_q:
+                return image_optimal_q_kernel<how><<<grid, kThreads, 0, queue>>>(pictures, to, plan);
+        }
+    };
     with_format(out, [&](auto type) {
         using T = typename decltype(type)::type;
         T* to = static_cast<T*>(out.mutable_data_ptr());
-        switch (ImageKind(kind)) {
-            case ImageKind::none:
-                return image_kernel<ImageKind::none, true><<<grid, kThreads, 0, queue>>>(pictures, to, source);
-            case ImageKind::gaussian:
-                if (fits) return image_kernel<ImageKind::gaussian, true><<<grid, kThreads, 0, queue>>>(pictures, to, source);
-                return image_kernel<ImageKind::gaussian, false><<<grid, kThreads, 0, queue>>>(pictures, to, source);
-            case ImageKind::salt_and_pepper:
-                if (fits)
-                    return image_kernel<ImageKind::salt_and_pepper, true><<<grid, kThreads, 0, queue>>>(pictures, to, source);
-                return image_kernel<ImageKind::salt_and_pepper, false><<<grid, kThreads, 0, queue>>>(pictures, to, source);
-            case ImageKind::circular_shift:
-                return image_shift_kernel<<<grid, kThreads, 0, queue>>>(pictures, to, plan);
-            case ImageKind::optimal_q:
-                return image_optimal_q_kernel<<<grid, kThreads, 0, queue>>>(pictures, to, plan);
-        }
+        if (!aligned) return launch(to, How<Stretches::pieces>{});
+        channels_last ? launch(to, How<Stretches::pixels>{}) : launch(to, How<Stretches::planes>{});
     });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -41,10 +41,11 @@ NN_INLINE Grid grid_of(int64_t rows, int64_t tasks) {
     return {uint32_t(blocks < kMaxGridX ? blocks : kMaxGridX), y};
 }
 
-// visit(row, task)
+// visit(row, task). The last row first: what comes before has just written it, so that it may still be in the cache, and
+// what comes after begins with the first.
 template <class Visit>
 NN_INLINE void for_tasks(const Place& place, int64_t rows, int64_t tasks, const Visit& visit) {
-    for (int64_t row = place.block_y; row < rows; row += place.grid_y)
+    for (int64_t row = rows - 1 - place.block_y; row >= 0; row -= place.grid_y)
         for (int64_t task = place.first_task(); task < tasks; task += place.task_step()) visit(row, task);
 }
 
@@ -241,7 +242,7 @@ NN_INLINE void for_drawn_units(const Place& place, const T* x, T* y, const Commo
                                const WholeUnits& easy, const WholeOf& whole_of, const Careful& change) {
     const uint32_t units = uint32_t(whole(common.size, kUnit));  // up to 2^31
     const uint32_t step = uint32_t(place.task_step());
-    for (int64_t sample = place.block_y; sample < common.samples; sample += place.grid_y) {
+    for (int64_t sample = common.samples - 1 - place.block_y; sample >= 0; sample -= place.grid_y) {
         const Draw draw = source.of(sample);
         const auto change_whole = whole_of(sample, draw);
         for (uint32_t unit = uint32_t(place.first_task()); unit < units;) {
