@@ -3,7 +3,9 @@
 A step is: uint8 pictures on the device -> normalised -> forward under autocast -> label-smoothed cross entropy ->
 backward -> fused AdamW. The pictures are synthetic and stay on the device, so no loader is measured. Model and loss are
 one graph of torch.compile for every contestant. timm's pictures are normalised by the expression of its PrefetchLoader,
-compiled too, for that loader would hide an eager one behind the step on a stream of its own.
+compiled too, for that loader would hide an eager one behind the step on a stream of its own. Its model is as timm
+builds it. This project's starts from the same weights but projects its patches by one matrix product, where timm's has
+a convolution for which cuDNN has slow kernels only: so `clean` can be the faster (pipeline/patches.py has figures).
 
 Aims, stated before anything was measured, for one H200 in bfloat16 at 224 pixels, images/s: ViT-T 26,000, S 12,000,
 B 4,200, L 1,340; and never below timm's. The floating point operations of a step (three times the forward pass's, which
@@ -37,7 +39,7 @@ from benchmarks.harness import (
 )
 from benchmarks.training_step import DTYPES, chosen_device, loss_function, wait_for
 from pipeline.flops import mfu, peak_flops, training_flops
-from pipeline.models import ModelConfig, Preprocess, create_model, timm_settings
+from pipeline.models import ModelConfig, Preprocess, create_model, timm_model, timm_settings
 from pipeline.noise import native
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
@@ -229,6 +231,14 @@ def _synthetic(batch: int, image_size: int, device: torch.device) -> Pictures:
     return Pictures(images.to(device), labels.to(device), torch.arange(batch, device=device))
 
 
+def starting_model(contestant: str, name: str, image_size: int, device: torch.device) -> nn.Module:
+    """All contestants' have the same weights; timm's has nothing of this project's."""
+    build = timm_model if contestant == "timm" else create_model
+    torch.manual_seed(SEED)
+    with device:  # initialised there: ViT-L takes seconds on the CPU
+        return build(ModelConfig(name), CLASSES, image_size)
+
+
 class Trainee:
     """A contestant: model, optimiser and pictures. Building it takes the first step, which compiles."""
 
@@ -236,10 +246,7 @@ class Trainee:
         self.name, self.compiled = name, options.compile
         self.device = pictures.images.device
         held = _memory_in_use(self.device)
-        torch.manual_seed(SEED)
-        with self.device:  # initialised there: ViT-L takes seconds on the CPU
-            # timm's own model for all three: this project's is timm's, and noise is added to it.
-            model = create_model(ModelConfig(model_name), CLASSES, options.image_size)
+        model = starting_model(name, model_name, options.image_size, self.device)
         self.injector = NoiseInjector(model, NOISE if name == "noisy" else NoiseConfig(), options.image_size, SEED)
         self.images, self.labels, self.sample_ids = pictures
         self.preprocess: Callable[[Tensor], Tensor]
@@ -276,8 +283,8 @@ class Trainee:
 
     def contestant(self, steps: int) -> Contestant:
         settings = {
-            "timm": "timm's model; its PrefetchLoader's normalisation",
-            "clean": "pipeline.models: create_model and Preprocess; no noise",
+            "timm": "timm's model as timm builds it; its PrefetchLoader's normalisation",
+            "clean": "pipeline.models: create_model (patches by a product on a GPU) and Preprocess; no noise",
             "noisy": f"the same with {NOISE.describe()}; "
             f"{'kernels' if native.is_loaded(self.device.type) else 'NO KERNELS: the reference'}",
         }[self.name]

@@ -1,4 +1,4 @@
-"""A timm model, its preprocessing and its starting weights. The model is timm's own: names and state_dict keys stay."""
+"""A timm model, its preprocessing and its starting weights. Names and state_dict keys stay timm's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.freezing import freeze
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import Draw, NoiseInjector
 from pipeline.noise.ops import apply_noise, image_noise
+from pipeline.patches import multiply_patches
 from pipeline.weights import load_weights, timm_settings, weights_file
 
 
@@ -59,7 +60,26 @@ class ModelConfig:
 def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     """The timm model, on the CPU, its weights loaded and its parts frozen where the configuration says so.
 
+    On a GPU its patches are projected by a matrix product (patches.py).
     Errors: ValueError for an unknown name (nearest offered), options that do not fit it, or weights that do not.
+    """
+    model = timm_model(config, num_classes, image_size)
+    if config.pretrained and config.new_head:
+        cast(Any, model).reset_classifier(num_classes)
+    if config.pos_embed == "sincos2d":
+        _fix_positions(model, config.name)
+    if config.init_from is not None:
+        source = weights_file(config.init_from, config.init_ema)
+        load_weights(model, source, config.new_head, config.init_ema)
+    multiply_patches(model)
+    freeze(model, config.freeze)
+    return model
+
+
+def timm_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    """timm's own, by the configuration's name, options, drop_path and pretrained: what create_model starts from.
+
+    Errors: ValueError for an unknown name (nearest offered), or options that do not fit it.
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=5, cutoff=0.3)
@@ -71,7 +91,7 @@ def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
     if cfg is not None and cfg.fixed_input_size:
         options["img_size"] = image_size
     try:
-        model = timm.create_model(
+        return timm.create_model(
             config.name,
             pretrained=config.pretrained,
             num_classes=num_classes,
@@ -80,15 +100,6 @@ def create_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
         )
     except (TypeError, AssertionError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"model.options {options} do not fit {config.name}: {error}") from error
-    if config.pretrained and config.new_head:
-        cast(Any, model).reset_classifier(num_classes)
-    if config.pos_embed == "sincos2d":
-        _fix_positions(model, config.name)
-    if config.init_from is not None:
-        source = weights_file(config.init_from, config.init_ema)
-        load_weights(model, source, config.new_head, config.init_ema)
-    freeze(model, config.freeze)
-    return model
 
 
 def _fix_positions(model: nn.Module, name: str) -> None:

@@ -138,11 +138,7 @@ class NoiseInjector:
             return
         norm = norm_before(self._model, site)
         # Behind another injector's noise this one comes by a hook, as two hooks would come one after the other.
-        if (
-            norm is None
-            or self.config.kind not in NORM_KINDS
-            or isinstance(self._model.get_submodule(norm), NormNoise)
-        ):
+        if norm is None or self.config.kind not in NORM_KINDS or isinstance(self._model.get_submodule(norm), NormNoise):
             hook = partial(self._hook, number, norm is not None)
             self._handles.append(self._model.get_submodule(site).register_forward_pre_hook(hook))
             return

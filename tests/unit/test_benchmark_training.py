@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from bare_environment import CODE, PEAK_FLOPS, REPOSITORY, run_bare
+from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import cells, gpu_train, training_step
@@ -19,6 +20,7 @@ from pipeline.flops import mfu, peak_flops, training_flops
 from pipeline.models import ModelConfig, create_model
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
+from pipeline.patches import PatchProjection
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1}
 
@@ -95,6 +97,17 @@ def test_only_a_card_of_the_table_has_a_peak(monkeypatch):
     names = ["NVIDIA H200", "NVIDIA H200 MIG 1g.18gb"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names.pop(0))
     assert [gpu_train.peak_of(torch.device(kind)) for kind in ("cuda", "cuda", "cpu")] == [989e12, None, None]
+
+
+def test_contestants_have_the_same_weights_and_timm_s_is_timm_s():
+    models = [
+        gpu_train.starting_model(name, "test_vit", 32, torch.device("cpu")) for name in ("timm", "clean", "noisy")
+    ]
+    assert [type(model.patch_embed.proj) for model in models] == [nn.Conv2d, PatchProjection, PatchProjection]
+    assert all(type(module).__module__.split(".")[0] in ("timm", "torch") for module in models[0].modules())
+    first, *others = (model.state_dict() for model in models)
+    assert all(list(other) == list(first) for other in others)
+    assert all(torch.equal(other[key], first[key]) for other in others for key in first)
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):

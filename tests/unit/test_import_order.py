@@ -18,6 +18,7 @@ ORDER = (
         "pipeline.sections",
         "pipeline.progress",
         "pipeline.pieces",
+        "pipeline.patches",
         "pipeline.interrupt",
         "pipeline.watchdog",
         "pipeline.agreement",

@@ -27,7 +27,7 @@ struct Grid {
 };
 
 constexpr uint32_t kThreads = 256, kMaxGridY = 65535, kMaxGridX = 1u << 20;
-constexpr int64_t kMostTasks = 16, kEnoughBlocks = 4096;
+constexpr int64_t kMostTasks = 16, kEnoughBlocks = 768;
 
 NN_INLINE int64_t whole(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
