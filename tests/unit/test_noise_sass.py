@@ -9,8 +9,8 @@ import pytest
 from benchmarks.code_paths import functions
 from benchmarks.machine_code import LIBRARY, dumped
 
-# Kernels, and how many of each there are: by format, by the noise, by whether rows fit its blocks, by how pictures lie, by
-# a row's width, by the way back.
+# Kernels, and how many of each there are: by format, by the noise, by whether rows fit its blocks, by how pictures lie,
+# by a row's width, by the way back.
 KERNELS = {
     "15gaussian_kernel": 3,
     "salt_and_pepper_kernel": 3,
@@ -66,7 +66,7 @@ def test_nothing_lies_in_local_memory(instructions):
 
 
 def test_memory_moves_16_bytes_at_a_time(instructions):
-    """But for pictures: of 24 bytes a thread makes 16 of each channel. With other rows they are moved piece by piece."""
+    """But for pictures: of 24 bytes a thread makes 16 of each channel; other rows are moved piece by piece."""
     whole = {name: counts for name, counts in instructions.items() if PIECES not in name}
     assert len(instructions) - len(whole) == 15
     for name, counts in whole.items():
