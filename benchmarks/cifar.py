@@ -5,10 +5,9 @@ cell that is kept when it is done. All pictures lie on the device: there is no l
 
 Why 40 epochs of this model. A forward pass of one picture is 1.42 GFLOP (65 tokens, width 384, 6 blocks:
 2 x 6 x (12 x 384^2 x 65 + 2 x 65^2 x 384), and the patches), a training step three times that, an epoch of 50,000
-213 TFLOP, six cells of 40 epochs 51 PFLOP. At 200 TFLOP/s, a fifth of an H100's peak, which ViT-S at 224 pixels, of the
-same width, should pass (gpu_train.py), that is 256 s. With 15 s for decoding, 30 s for compiling the first of each twin
-and 10 s for the others, and 6 s for each audit (11 passes in float32, 0.16 PFLOP at 30 TFLOP/s) it should be 400 s
-of the 540 that there are.
+213 TFLOP, six cells of 40 epochs 51 PFLOP. One H200 takes 50,000 pictures a second (results/cifar.jsonl), 213 TFLOP/s,
+so that is 240 s. With 12 s for imports and decoding, 30 s for compiling the first of each twin and 10 s for the others,
+and 3 s for each audit it should be 370 s of the 540 that there are.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class CifarOptions:
     seeds: int = 3
     """Seeds 0, 1, ...; two trainings each."""
     epochs: int = 40
-    """Six trainings of so many take some 7 of the 9 minutes on one H100."""
+    """Six trainings of so many should take some 6 of the 9 minutes on one H200."""
     batch: int = 512
     """A multiple of 8."""
     lr: float = 1e-3

@@ -13,7 +13,7 @@ from benchmarks.harness import Row, Spread, ratio
 
 CARD, DTYPE, MEGABYTES = "NVIDIA H200", "bfloat16", 1000
 FOR = f"one {CARD}, {DTYPE}, {MEGABYTES:,} MB"
-TITLE = f"aims, stated before anything was measured ({FOR})"
+TITLE = f"aims, set before a GPU was at hand ({FOR})"
 HEADER = ("part", "what", "measured", "aim", "")
 
 

@@ -9,7 +9,7 @@ from benchmarks.noise_aims import Judged, decimals, judged
 from benchmarks.report.checks import check_cifar
 from benchmarks.report.markdown import table
 from benchmarks.report.questions import QUESTIONS, chosen
-from benchmarks.report.readme_accuracy import counted, filled
+from benchmarks.report.readme_accuracy import filled
 from benchmarks.report.results import Alike, Result, check_alike
 from benchmarks.report.speed import aims_kept, by_part, spread_of, training_verdict
 from benchmarks.report.trials import CIFAR
@@ -54,7 +54,9 @@ def _of_each_card(
 
 
 def _where(result: Result) -> str:
-    return "; ".join(part for part in (result.source.hardware, result.source.versions, result["note"]) if part)
+    commit = f"commit {result.row['environment']['commit'][:7]}"
+    parts = (result.source.hardware, result.source.versions, commit, result["note"])
+    return "; ".join(part for part in parts if part)
 
 
 # ---- noise ----
@@ -174,14 +176,14 @@ def _cifar(found: Sequence[Result]) -> str:
         lines.append([f"**{cell}**" if cell and number == 0 else cell for cell in line])
     names = ("pictures", "epochs", "depth", "width", "patch", "dtype", "noisy_twin")
     pictures, epochs, depth, width, patch, dtype, noise = (first.condition(name) for name in names)
-    seeds = counted(sum(row["contestant"] == twin for row in rows) for twin in twins)
-    seeds += " seed" if seeds == "1" else " seeds"
     intro = (
         f"CIFAR-10 from scratch (`python -m benchmarks cifar`) on {_where(first)}: {pictures}; "
         f"{epochs} epochs of {depth} blocks of width {width}, patches of {patch}, {dtype}; noisy: with {noise}; "
-        f"{seeds}; top-1 in percent, mean, and in brackets lowest to highest:"
+        "top-1 in percent, mean, and in brackets lowest to highest:"
     )
-    header = ["", "k", "class mates in the group", *twins]
+    seeds = {twin: sum(row["contestant"] == twin for row in rows) for twin in twins}
+    header = ["", "k", "class mates in the group"]
+    header += [f"{twin}, {count} seed{'s' if count > 1 else ''}" for twin, count in seeds.items()]
     parting = part(rows)
     words = "Every line with class mates is *transductive*: a picture's answer hangs on the others of its group. "
     words += f"At inference {identity(rows)}." + ("" if parting is None else f" {parting.sentence()}")

@@ -265,7 +265,8 @@ def _model_block(results: Sequence[Result]) -> Block:
 def training_verdict(result: Result) -> str:
     """Whether this project's step makes the images/s aimed at, and no fewer than timm's; on the aims' card alone."""
     aim = result["aim_images_per_second"]
-    if aim is None or not _is_own_training(result.name) or (result.place, result.condition("dtype")) != (CARD, DTYPE):
+    stated_for = (result.place, result.condition("dtype"), result.condition("compile"), result["compared_with"])
+    if aim is None or not _is_own_training(result.name) or stated_for != (CARD, DTYPE, True, "timm"):
         return ""
     short = 1 - spread_of(result, "items_per_second").median / aim
     below = 1 - spread_of(result, "ratio").median

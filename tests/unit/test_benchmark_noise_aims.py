@@ -134,7 +134,7 @@ def test_what_is_measured_on_the_aims_card_keeps_and_prints_them(capsys):
     assert [row.get("aims") for row in rows] == [None, [{"over": "copy", "quantity": "rate", "limit": 0.9}], None]
     noise._print_aims(rows, torch.device("cuda"))
     text = capsys.readouterr().out
-    assert "aims, stated before anything was measured" in text and "at least 0.9" in text and "met" in text
+    assert "aims, set before a GPU was at hand" in text and "at least 0.9" in text and "met" in text
     others = [{name: value for name, value in row.items() if name != "aims"} for row in rows]
     noise._print_aims(others, torch.device("cuda"))
     assert capsys.readouterr().out == f"no aims here: they were stated for one {CARD}, {DTYPE}, 1,000 MB\n"

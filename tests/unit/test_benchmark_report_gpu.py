@@ -131,7 +131,7 @@ def test_each_card_has_a_table_of_its_own(tmp_path, name):
     tables_of = [table(found[first:second]), table(found[second:])]
     assert all(len(lines) > 3 for lines in tables_of) and len(tables_of[0]) == len(tables_of[1])
     for part in (found[first:second], found[second:]):
-        assert "torch 2.14.1, timm 1.0.31; quiet <machine>" in " ".join(part.split())
+        assert "torch 2.14.1, timm 1.0.31; commit c0ffeec; quiet <machine>" in " ".join(part.split())
 
 
 def test_the_readmes_noises_have_their_aims_with_what_was_measured(tmp_path):
@@ -207,12 +207,12 @@ def test_the_readmes_training_steps_have_their_aims_with_what_was_measured(tmp_p
 def test_the_readmes_cifar_has_the_headline_first_and_says_what_is_transductive(tmp_path):
     found = block(folder_of(tmp_path, *gpu_cifar_rows()), "gpu-cifar")
     header, first, *others = table(found)
-    assert header == ["", "k", "class mates in the group", "clean", "noisy"]
+    assert header == ["", "k", "class mates in the group", "clean, 2 seeds", "noisy, 2 seeds"]
     assert first == ["**per image, noise off**", "", "", "**71.00 (70.00 to 72.00)**", "**71.00 (70.00 to 72.00)**"]
     assert len(others) == 7 and all(line[1:3] == ["10", "100.0 %"] for line in others)
     assert others[0][0] == "optimal Q, official place, class order"
     words = " ".join(found.split())
-    assert "2 seeds; top-1 in percent, mean, and in brackets lowest to highest" in words
+    assert "top-1 in percent, mean, and in brackets lowest to highest" in words
     assert "Every line with class mates is *transductive*" in words and "k = 1 equals noise off" in words
     assert "all 9.00 points are transductive" in words
 
