@@ -56,7 +56,12 @@ def timed_round(run: Callable[[], Tensor], elements: int, device_type: str, call
 
 
 Work = dict[str, tuple[Callable[[], Tensor], str]]  # a contestant's name -> (what it runs, its settings)
-_BOUNDS = ("clone", "copy", "LayerNorm alone")  # which make no noise, so that there is nothing to compare
+_BOUNDS = (
+    "clone",
+    "copy",
+    "LayerNorm alone",
+    "LayerNorm compiled",
+)  # which make no noise, so that there is nothing to compare
 
 
 class Site(NamedTuple):
@@ -163,6 +168,7 @@ def norm_contestants(kind: Kind, x: Tensor, backward: bool) -> list[Contestant]:
         "torch.compile": (compiled(eager), f"torch.compile of {chain}"),
         "operator": (operator, f"norm_noise of pipeline/noise/ops.py, {kernels_text(x.device.type)}"),
         "LayerNorm alone": (alone, "F.layer_norm(x, ...), eager: no noise"),
+        "LayerNorm compiled": (compiled(alone), "torch.compile of F.layer_norm(x, ...): no noise"),
     }
     leaves = [tensor.clone().requires_grad_(backward) for tensor in (x, weight, bias)]
     upstream = torch.randn(x.shape, generator=generator, device=x.device).to(x)
@@ -173,6 +179,9 @@ def norm_contestants(kind: Kind, x: Tensor, backward: bool) -> list[Contestant]:
 
     way = there_and_back if backward else lambda function: function(*leaves)
     work: Work = {name: (partial(way, function), settings) for name, (function, settings) in functions.items()}
+    if not backward:
+        target = torch.empty_like(x)
+        work["copy"] = (partial(target.copy_, x), "target.copy_(x) into memory that is there already")
     # The way back is the same for any draw. Forward: x is read, y written; back: a gradient and x read, one written.
     normal = alone(x, weight, bias)
     return _listed(work, normal, kind in DRAWN and not backward, (5 if backward else 2) * x.element_size())

@@ -10,7 +10,7 @@ class PatchProjection(nn.Conv2d):
     """(B, C, H, W) -> (B, D, H / P, W / P): a convolution whose stride is its kernel, which on a GPU is multiplied out.
 
     For 16 x 16 pixels of 3 channels cuDNN has slow kernels only: of ViT-S's step of 56 ms (one H200, batch 512,
-    bfloat16, compiled) they took 5.3. By bytes and operations the copy into patches and the products are some 0.4.
+    bfloat16, compiled) they took 5.3. As a product the step is 1.09 times as fast, ViT-T's 1.14, ViT-L's 1.02.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ Noisy = Callable[[Tensor, "NormNoise"], Tensor | None]
 
 
 def as_products_take(x: Tensor) -> Tensor:
-    """x as the next layer's product would take it: rounded to autocast's type where that is on, else as it is."""
+    """x as a product would take it: rounded to autocast's type where that is on; float64 it leaves alone."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 class NormNoise(nn.LayerNorm):

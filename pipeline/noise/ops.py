@@ -115,6 +115,8 @@ def image_noise(
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (samples, height, width, 3)")
+    if images.shape[1] * images.shape[2] > _MASK32:
+        raise ValueError(f"images of {images.shape[2]} x {images.shape[1]} pixels: fewer than 2^32 can be counted")
     if dtype not in DTYPES[:3]:
         raise ValueError(f"image_noise to {dtype}: take float32, bfloat16 or float16")
     for name, value in (("mean", mean), ("std", std)):

@@ -29,7 +29,9 @@ CONFIGS = (
     NoiseConfig(kind="optimal_q", site="blocks.1", group_size=3),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((5, 7, 3), (2, 1, 127), (4, 5, 64), (3, 6, 5, 7), (1, 1, 1))
+# Of the last each thread takes two units.
+SHAPES = ((5, 7, 3), (2, 1, 127), (4, 5, 64), (3, 6, 5, 7), (1, 1, 1), (4096, 4, 1024))
+LARGE_GROUP = 14  # more rows than a thread holds
 WIDTHS = (8, 384, 1024)  # of a row: one unit, and both of the sizes that a warp holds
 # initcheck must see who writes, so all kernels are watched; torch's own are none of the others' business.
 OURS = ("--kernel-name", "kns=noisynn")
@@ -55,12 +57,18 @@ def run_once() -> int:
         for layout, first_token in itertools.product(layouts, (0, 1)):
             leaf = layout.detach().requires_grad_()
             ops.apply_noise(leaf, config, ids(x), 7, epoch, first_token).backward(torch.ones_like(layout))
+    for kind, dtype in itertools.product(("circular_shift", "optimal_q"), DTYPES):
+        strength = 0.3 if kind == "circular_shift" else None
+        config = NoiseConfig(kind=kind, strength=strength, site="blocks.1", group_size=LARGE_GROUP)
+        leaf = values(LARGE_GROUP + 3, 3, 40, dtype=dtype).requires_grad_()
+        ops.apply_noise(leaf, config, ids(leaf), 7, epoch, 1).sum().backward()
     for config, dtype, width in itertools.product(CONFIGS, DTYPES, WIDTHS):
         x, weight, bias = values(4, 5, width, dtype=dtype), values(width, dtype=dtype), values(width, dtype=dtype)
         leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
         ops.norm_noise(*leaves, 1e-6, config, ids(x), 7, epoch, 1).backward(values(4, 5, width, dtype=dtype))
     mean, std = (torch.tensor(numbers).to("cuda") for numbers in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
-    for side, config, dtype in itertools.product((4, 7, 33), (NoiseConfig(), *CONFIGS), DTYPES):
+    # 8: rows are whole stretches, in planes and in pixels; 7 and 33: in pieces.
+    for side, config, dtype in itertools.product((8, 7, 33), (NoiseConfig(), *CONFIGS), DTYPES):
         images = torch.arange(5 * side * side * 3, dtype=torch.uint8).view(5, side, side, 3).to("cuda")
         flip = torch.tensor([True, False, True, False, True]).to("cuda")
         for memory_format in (torch.contiguous_format, torch.channels_last):

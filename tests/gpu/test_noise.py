@@ -15,7 +15,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 EPOCH = torch.tensor(3)
 STREAM = stream_of("blocks.1", Purpose.NOISE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((4, 197, 768), (3, 1, 1), (5, 7, 3), (2, 1, 127), (1, 1, 2049), (6, 64, 14, 14), (0, 5, 6), (70000, 2, 3))
+SHAPES = (
+    (4, 197, 768),
+    (3, 1, 1),
+    (5, 7, 3),
+    (2, 1, 127),
+    (1, 1, 2049),
+    (6, 64, 14, 14),
+    (0, 5, 6),
+    (70000, 2, 3),
+    (1024, 32, 1024),
+)
 KINDS = {
     "gaussian": NoiseConfig(kind="gaussian", strength=0.7, site="blocks.1"),
     "salt_and_pepper": NoiseConfig(kind="salt_and_pepper", strength=0.3, site="blocks.1", group_size=2),

@@ -190,8 +190,10 @@ def test_the_built_kernels_are_counted():
     of = {cost.kernel.name: cost for cost in found if cost.architecture == "sm_90"}
     assert {"gaussian", "salt_and_pepper", "circular_shift", "optimal_q", "norm_gaussian"} <= of.keys()
     for cost in found:
-        # A unit of 8 elements or more; what moves them alone is one load and one store for 8.
-        assert cost.elements >= 8 and cost.elements % 8 == 0, cost.kernel
+        # A unit of 8 elements or more; what moves them alone is one load and one store for 8. Pictures in pieces, whose
+        # rows are no whole units, are stored one by one.
+        in_pieces = cost.kernel.name.startswith("image") and cost.kernel.numbers[-1] == 2
+        assert cost.elements >= 8 and (in_pieces or cost.elements % 8 == 0), cost.kernel
         assert 2 / 8 < cost.instructions < 200, cost.kernel
         assert not any(opcode.startswith(("LDL", "STL", "CALL")) for opcode in cost.opcodes), cost.kernel
     # Philox alone: 2 blocks of 10 rounds of 2 products for 8 elements; the first round of a counter is shared.

@@ -14,7 +14,7 @@ from tests.unit.test_noise_image import KINDS, MEAN, STD, pictures
 from tests.unit.test_noise_threads import EPOCH, FORMATS, SEED, DrawSource, MixPlan, grid_of
 
 # Whole stretches of eight; rows that begin inside a block; a width below a stretch, and one above a block of threads.
-SIZES = [(8, 32), (3, 24), (5, 7), (1, 1), (6, 20), (2, 4100), (9, 17)]
+SIZES = [(8, 32), (3, 24), (3, 1024), (5, 7), (1, 1), (6, 20), (2, 4100), (9, 17)]
 
 
 class Pictures(ctypes.Structure):

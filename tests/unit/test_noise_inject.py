@@ -1,5 +1,7 @@
 """Noise at named modules of real timm models: exactly the reference's, at that module's input and nowhere else."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -383,6 +385,37 @@ def test_strength_goes_its_way_and_evaluation_has_the_last_one(ramp, middle):
     assert levels == pytest.approx([1.0, 0.75 if ramp == "linear" else 0.85355339, middle, 0.0])
     injector.set_batch(IDS, 0)
     assert injector.sites[0].evaluation_strength == 0
+
+
+class Fills(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what is filled in."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.fill_.Scalar
+        return func(*args, **(kwargs or {}))
+
+
+def test_levels_and_epochs_are_filled_in_where_they_change():
+    model = vit().train()
+    injector = inject(model, "blocks.*", during="both", kind="gaussian", strength=1.0, end_strength=0.0)
+    sites = len(injector.sites)
+    for epoch, progress, expected in (
+        (3, 0.0, 0),
+        (4, 0.0, 1),
+        (4, 0.5, 2 * sites),
+        (4, 0.5, 0),
+        (0, 0.0, 1 + 2 * sites),
+    ):
+        with Fills() as fills:
+            injector.set_batch(IDS, epoch, progress=progress)
+        assert fills.count == expected, (epoch, progress)
+        assert {site.strength.item() for site in injector.sites} == {1.0 - progress}
+    twin = copy.deepcopy(injector)
+    twin.set_batch(IDS, 0, progress=0.25)
+    assert {site.strength.item() for site in twin.sites} == {0.75}
+    assert {site.strength.item() for site in injector.sites} == {1.0}
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda o: o["kind"])

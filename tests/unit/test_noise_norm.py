@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.noise import operators, ops, reference
 from pipeline.noise.config import NoiseConfig
 from pipeline.noise.inject import NoiseInjector
-from pipeline.noise.norm import NormNoise, norm_before
+from pipeline.noise.norm import NormNoise, as_products_take, norm_before
 from pipeline.noise.reference import Purpose, stream_of
 from tests.unit.test_noise_ops import found_by_each_instruction_set, needs_kernels
 
@@ -343,6 +343,13 @@ def test_autocast_s_noise_is_on_what_the_next_product_takes(kind):
             model(pictures())
     model.to(torch.bfloat16)(pictures().to(torch.bfloat16))
     assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+def test_autocast_leaves_float64_alone():
+    taken = {torch.float64: torch.float64, torch.float32: torch.bfloat16, torch.bfloat16: torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {dtype: as_products_take(torch.ones(2, dtype=dtype)).dtype for dtype in taken} == taken
+    assert as_products_take(torch.ones(2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "salt_and_pepper", "circular_shift"])

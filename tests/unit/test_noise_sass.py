@@ -33,6 +33,7 @@ PIECES = "LNS_9StretchesE2E"
 MOST_REGISTERS = {
     "norm_backward_kernel": 255,
     "norm_shift_kernel": 168,
+    "norm_gaussian_kernel": 72,
     "norm_": 128,
     f"image_shift_kernelI{PIECES}": 128,
     "image_": 80,

@@ -22,7 +22,7 @@ struct Pictures {
     const float *mean, *std;  // (3,)
     int64_t samples, height, width;
     uint32_t plane;      // height * width
-    bool aligned;        // rows are whole stretches, which begin at multiples of 8 bytes in x and of 16 in y
+    bool aligned;        // rows are whole stretches; x and y begin at multiples of 16 bytes
     bool channels_last;  // of y
     const double* strength;
 

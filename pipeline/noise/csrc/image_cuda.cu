@@ -6,8 +6,8 @@
 namespace noisynn {
 namespace {
 
-// Blocks at once on one multiprocessor: 64 registers a thread, 80 where it draws six blocks of Philox, or holds the bytes of
-// two pictures, or sums.
+// Blocks at once on one multiprocessor: 64 registers a thread; 80 where it draws six blocks of Philox, or three of pieces,
+// or holds the bytes of two pictures, or sums; 128 for two pictures in pieces.
 constexpr int kBlocksOnOne = 4, kBlocksOfSix = 3, kBlocksOfGroups = 3, kBlocksOfPieces = 2;
 
 __device__ __forceinline__ Place here() {

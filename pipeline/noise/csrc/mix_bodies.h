@@ -48,7 +48,7 @@ struct Ring {
         : begin(transposed ? first + k - 1 : first), step(transposed ? -1 : 1) {}
 };
 
-// Rows that a thread holds in registers: more of them do not fit beside their sums in 128.
+// Rows that a thread holds in registers: more of them do not fit in 128 beside their sums, or the first once more.
 template <class T>
 constexpr int kHeld = sizeof(T) == 4 ? 8 : 12;
 
