@@ -29,7 +29,7 @@ struct Grid {
 constexpr uint32_t kThreads = 256, kMaxGridY = 65535, kMaxGridX = 1u << 20;
 // Of elements, a step of all blocks fits in 32 bits.
 static_assert(uint64_t(kMaxGridX) * kThreads * kUnit <= 1ull << 31);
-constexpr int64_t kMostTasks = 16, kEnoughBlocks = 768;
+constexpr int64_t kMostTasks = 16, kEnoughBlocks = 4096;
 
 NN_INLINE int64_t whole(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
