@@ -257,8 +257,9 @@ def _model_block(results: Sequence[Result]) -> Block:
     title, header, lines = model_table([result.row for result in results])
     own = frozenset(i for i, result in enumerate(results) if _is_own_training(result.name))
     verdicts = [training_verdict(result) for result in results]
-    if any(verdicts):
-        header, lines = [*header, ""], [[*line, verdict] for line, verdict in zip(lines, verdicts, strict=True)]
+    if any(verdicts):  # the aim's figure has a column already
+        said = [verdict.partition(" images/s: ")[2] for verdict in verdicts]
+        header, lines = [*header, ""], [[*line, verdict] for line, verdict in zip(lines, said, strict=True)]
     return block_of(results, title.removeprefix("train: "), header, lines, own=own)
 
 
