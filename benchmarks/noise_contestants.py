@@ -56,12 +56,8 @@ def timed_round(run: Callable[[], Tensor], elements: int, device_type: str, call
 
 
 Work = dict[str, tuple[Callable[[], Tensor], str]]  # a contestant's name -> (what it runs, its settings)
-_BOUNDS = (
-    "clone",
-    "copy",
-    "LayerNorm alone",
-    "LayerNorm compiled",
-)  # which make no noise, so that there is nothing to compare
+# Which make no noise, so that there is nothing to compare.
+_BOUNDS = ("clone", "copy", "LayerNorm alone", "LayerNorm compiled")
 
 
 class Site(NamedTuple):
